@@ -1,0 +1,207 @@
+"""The contracts between the stages: names, column schemas and frozen types of every file that crosses one.
+
+Nothing here computes. `store` writes and reads these types, `stats` and `reports` work on them; none of the three
+imports torch, so every array is numpy and every saved float is float32 or float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+
+# What a token of the prompt is. Divergence compares VISUAL with TEXT; the rest is counted and left out.
+VISUAL, TEXT, BOILERPLATE, SPECIAL, BOS, SINK, PADDING = MODALITIES = (
+    "visual",
+    "text",
+    "boilerplate",
+    "special",
+    "bos",
+    "sink",
+    "padding",
+)
+# Where attention of the last prompt token goes. Text of a task that declares no segments is `question`;
+# `special` holds special, BOS and sink tokens.
+SEGMENTS = ("image", "hint", "question", "options", "boilerplate", "special")
+# Which vectors of the attention layer are captured: the key that enters RoPE, the key after it, query, value.
+SPACES = ("k_pre", "k_post", "q", "v")
+# Contrasts of the divergence table. The split-half baselines compare one modality with itself, split by cluster.
+VISUAL_TEXT, VISUAL_VISUAL, TEXT_TEXT = CONTRASTS = ("visual-text", "visual-visual", "text-text")
+ALL_HEADS = "all"
+DEFAULT_CONDITION = "default"
+# The kernel scale under which the mean over the five bandwidth scales is saved.
+MULTI_SCALE = "multi"
+NOT_COMPARABLE = "not comparable across runs"
+NOT_INTERPRETABLE = "not interpretable"
+
+DIVERGENCE_COLUMNS: Mapping[str, str] = {
+    "task": "string",
+    "condition": "string",
+    "layer": "int32",
+    "head": "string",  # KV head index, or `all` for the mean over KV heads
+    "space": "string",
+    "contrast": "string",
+    "estimator": "string",  # mmd2 | js_classifier
+    "value": "float64",  # mmd2: unitless; js_classifier: nats
+    "null_mean": "float64",
+    "ci_low": "float64",
+    "ci_high": "float64",
+    "p": "float64",
+    "p_adjusted": "float64",
+    "test_family": "string",
+    "connector": "string",
+    "token_filter": "string",
+    "n_visual": "int64",  # tokens on the first side of the contrast
+    "n_text": "int64",  # tokens on the second side of the contrast
+    "n_clusters": "int64",
+    "n_permutations": "int64",
+    "bandwidth_source": "string",
+    "at_ceiling": "bool",
+    "estimator_version": "string",
+}
+ATTENTION_COLUMNS: Mapping[str, str] = {
+    "task": "string",
+    "doc_id": "int64",
+    "cluster": "string",
+    "condition": "string",
+    "layer": "int32",
+    "head_group": "string",  # `all`: mean over query heads
+    "layer_type": "string",
+    **{f"n_{segment}": "int32" for segment in SEGMENTS},
+    **{f"mass_{segment}": "float32" for segment in SEGMENTS},  # attention mass of the last prompt token; sums to 1
+    "image_over_uniform": "float32",  # mass_image / (n_image / tokens seen); NaN without image tokens
+    "qk_visual": "float32",  # mean scaled q.k of the last prompt token to visual keys
+    "qk_text": "float32",
+    "key_norm_visual": "float32",  # mean Euclidean norm of k_pre
+    "key_norm_text": "float32",
+}
+TOKEN_COLUMNS: Mapping[str, str] = {
+    "task": "string",
+    "doc_id": "int64",
+    "cluster": "string",
+    "condition": "string",
+    "image_sha": "string",
+    "prefix_hash": "string",
+    "modality": "string",
+    "segment": "string",
+    "position": "int32",  # index in the unpadded prompt
+    "position_t": "int32",  # rotary position ids; the three agree where RoPE is one-dimensional
+    "position_h": "int32",
+    "position_w": "int32",
+    "image_index": "int32",  # which image of the prompt, -1 for text
+    "grid_row": "int32",
+    "grid_column": "int32",
+    "token_id": "int64",
+    "key_norm": "float32",  # k_pre, mean over layers and KV heads
+    "keys_row": "int64",  # row in keys_<task>.safetensors, -1 when the key was not kept
+}
+OPTION_COLUMNS: Mapping[str, str] = {
+    "task": "string",
+    "doc_id": "int64",
+    "condition": "string",
+    "option": "string",
+    "logprob_first": "float64",
+    "logprob": "float64",
+}
+
+
+@dataclass(frozen=True)
+class KernelSums:
+    """Document-by-document kernel sums, the sufficient statistic of the cluster U-statistic of MMD^2.
+
+    `vv[..., i, j]` is the sum of k(a, b) over visual tokens a of cluster i and b of cluster j; `tt` likewise for text;
+    `vt[..., i, j]` takes a from the visual tokens of cluster i and b from the text tokens of cluster j.
+    The diagonal holds within-cluster sums; the U-statistic leaves it out.
+
+    Shapes: vv, tt, vt `[..., D, D]` (leading dims are usually KV heads); n_visual, n_text `[D]`; clusters has D names.
+    """
+
+    vv: np.ndarray
+    tt: np.ndarray
+    vt: np.ndarray
+    n_visual: np.ndarray
+    n_text: np.ndarray
+    clusters: tuple[str, ...]
+
+
+@dataclass(frozen=True, order=True)
+class GramKey:
+    """Which kernel sums: one entry of `<date>_gram.safetensors` (all KV heads of a layer together)."""
+
+    task: str
+    condition: str
+    space: str
+    layer: int
+    scale: str = MULTI_SCALE
+
+
+class TaskRecord(BaseModel):
+    """What was run and captured of one task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    documents: int
+    clusters: int
+    clusters_selected: int
+    rows_selected: int
+    rows_captured: int
+    conditions: list[str]
+    cluster_field: str | None  # None: every document is its own cluster
+    generator: str | None  # version and sha of the probe's generator, from the task's metadata
+    token_counts: dict[str, int]  # prompt tokens by label, over the captured rows
+    image_tokens: dict[str, int]  # image tokens per prompt (as text) -> number of prompts
+    prompt_hash: str  # sha256 over the prompts in document order
+    interpretable: bool = True  # False: the model cannot read this benchmark; its accuracy says nothing
+
+
+class RunRecord(BaseModel):
+    """`<date>_keyspace.json`: everything needed to know what a run was, and whether it is whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    date: str
+    model: str  # the lmms-eval model name, e.g. malora_llava
+    pretrained: str
+    revision: str | None
+    architecture: str
+    connector: str  # linear | mlp | resampler | q-former, as families.py says
+    adapter: str | None
+    adapter_method: str | None  # PEFT type, e.g. MALORA or LORA
+    adapter_sha256: str | None
+    intervention: str | None
+    reference: str  # self | base | none: where the bandwidths come from
+    capture: bool
+    capture_settings: dict[str, Any]
+    seed: int
+    versions: dict[str, str]
+    device: str
+    dtype: str
+    attn_implementation: str
+    quantization: str | None
+    batch_size: int
+    processor_hash: str
+    layers: list[int]
+    n_kv_heads: dict[int, int]
+    bandwidths: dict[str, dict[int, list[float]]]  # space -> layer -> squared bandwidth per KV head
+    tasks: dict[str, TaskRecord]
+    complete: bool
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything the plugin saves of one run; `store` turns it into files and back."""
+
+    record: RunRecord
+    gram: Mapping[GramKey, KernelSums]
+    divergence: pd.DataFrame
+    attention: pd.DataFrame
+    tokens: pd.DataFrame
+    keys: Mapping[str, Mapping[str, np.ndarray]]  # task -> "<space>/<layer>[/base]" -> [tokens, KV heads, head width]
+    options: pd.DataFrame | None = None
