@@ -189,7 +189,7 @@ class RunRecord(BaseModel):
     processor_hash: str
     layers: list[int]
     n_kv_heads: dict[int, int]
-    bandwidths: dict[str, dict[int, list[float]]]  # space -> layer -> squared bandwidth per KV head
+    bandwidths: dict[str, dict[str, dict[int, list[float]]]]  # task -> space -> layer -> squared, per KV head
     tasks: dict[str, TaskRecord]
     complete: bool
 
