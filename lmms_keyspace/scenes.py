@@ -255,7 +255,7 @@ def _draw_count(gold: str, r: random.Random, space: str) -> _Drawn:
     shape = _shape_for(color, r, space)
     radius = r.randint(44, 58)
     cell = CANVAS // 2
-    objects = []
+    objects: list[dict[str, Any]] = []
     for place in sorted(r.sample(range(4), COUNTS.index(gold) + 1)):  # one object per quadrant: never touching
         x, y = (corner + r.randint(radius + 6, cell - radius - 6) for corner in (place % 2 * cell, place // 2 * cell))
         objects.append(_thing(color, shape, x, y, radius, r) | ({"rgb": objects[0]["rgb"]} if objects else {}))
@@ -277,7 +277,7 @@ def _draw_size(gold: str, r: random.Random, space: str) -> _Drawn:
     shape = _shape_for(gold, r, space)
     other = _color_for(shape, r, space, but=gold)
     half, swap, turn = CANVAS // 4, r.random() < 0.5, r.random() < 0.5
-    objects = []
+    objects: list[dict[str, Any]] = []
     for i, (color, radius) in enumerate(((gold, r.randint(70, 80)), (other, r.randint(30, 38)))):
         along = half if (i == 0) != swap else CANVAS - half
         across = r.randint(radius + 4, CANVAS - radius - 4)

@@ -69,7 +69,8 @@ def answer_from_pixels(family: str, picture: np.ndarray) -> str:
         gaps = {"left": columns.start, "right": side - columns.stop, "top": rows.start, "bottom": side - rows.stop}
         return min(gaps, key=gaps.__getitem__)
     if family == "size":
-        assert n == 2 and np.max(areas) > 2 * np.min(areas)
+        assert n == 2
+        assert np.max(areas) > 2 * np.min(areas)
     return color_name(picture[largest])
 
 
@@ -107,7 +108,8 @@ def test_streams_differ_by_space_and_key() -> None:
 @given(families, keys, st.sampled_from([space for space in scenes.SPACES if space != "train"]))
 def test_no_training_picture_can_be_a_test_picture(family: str, key: int, space: str) -> None:
     train, other = draw(family, key, "train").spec, draw(family, key, space).spec
-    assert train["background"] % 2 == 0 and other["background"] % 2 == 1
+    assert train["background"] % 2 == 0
+    assert other["background"] % 2 == 1
 
 
 def test_held_out_pairs_are_a_quarter_and_spread_over_every_color_and_shape() -> None:
@@ -195,13 +197,15 @@ def test_one_is_singular() -> None:
 
 def test_answers_are_single_lower_case_words() -> None:
     for pool in scenes.POOLS.values():
-        assert all(word.isalpha() and word.islower() for word in pool) and len(set(pool)) == len(pool)
+        assert all(word.isalpha() and word.islower() for word in pool)
+        assert len(set(pool)) == len(pool)
 
 
 def test_blank_shows_nothing_on_the_same_canvas() -> None:
     blank = scenes.blank()
     assert blank.size == scenes.render(draw("color", 0).spec).size == (scenes.CANVAS, scenes.CANVAS)
-    assert blank.mode == "RGB" and len(set(blank.get_flattened_data())) == 1
+    assert blank.mode == "RGB"
+    assert len(set(blank.get_flattened_data())) == 1
 
 
 def test_prompt_wording() -> None:
