@@ -1,0 +1,42 @@
+# make demo | test | check | bench: each makes .venv when it is missing and reuses it when not.
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS := runs/demo
+TASK ?= textbias_probe
+export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT := 0
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check bench clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The main job on the bundled model: base, MaLoRA and its two controls through lmms-eval, then the joined report.
+ADAPTER = $$($(BIN)/python -c "from lmms_keyspace import embedded; print(embedded.adapter_path('$(1)'))")
+RUN = $(BIN)/lmms-eval --tasks $(TASK) --batch_size 8 --log_samples --verbosity WARNING
+demo: .venv/installed
+	rm -rf $(RUNS)
+	$(RUN) --model keyspace_llava --output_path $(RUNS)/base
+	$(RUN) --model malora_llava --output_path $(RUNS)/malora
+	$(RUN) --model keyspace_llava --model_args peft=$(call ADAPTER,lora) --output_path $(RUNS)/lora
+	$(RUN) --model malora_llava --model_args peft=$(call ADAPTER,malora_no_mmd) --output_path $(RUNS)/malora_no_mmd
+	$(BIN)/lmms-keyspace compare $(RUNS)/base $(RUNS)/malora $(RUNS)/lora $(RUNS)/malora_no_mmd
+	$(BIN)/lmms-keyspace report $(RUNS)/base $(RUNS)/malora $(RUNS)/lora $(RUNS)/malora_no_mmd --out $(RUNS)/report
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/pytest
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv runs build dist *.egg-info

@@ -1,0 +1,91 @@
+"""`lmms-keyspace`: what a person does with run folders, and `doctor` for the installation itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lmms_keyspace import __version__
+from lmms_keyspace.errors import InputError
+
+app = typer.Typer(
+    help="Join accuracy with attention key-space divergence over lmms-eval runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Runs = Annotated[list[Path], typer.Argument(help="Run folders of lmms-eval; the first is the base.")]
+AllowMismatch = Annotated[
+    bool, typer.Option("--allow-mismatch", help="Compare runs that differ in what makes them comparable; say so.")
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"lmms_keyspace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def compare(
+    runs: Runs,
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    allow_mismatch: AllowMismatch = False,
+) -> None:
+    """Paired table of runs against the first: accuracy, flip rate, attention, divergence, with intervals."""
+    from lmms_keyspace.reports import compare_runs, render_comparison
+
+    comparison = compare_runs(runs, allow_mismatch=allow_mismatch)
+    if json:
+        typer.echo(comparison.to_json())
+    else:
+        render_comparison(comparison, Console())
+
+
+@app.command()
+def report(
+    runs: Runs,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the page, its tables and figures.")],
+    allow_mismatch: AllowMismatch = False,
+) -> None:
+    """One self-contained HTML page (with Markdown and CSV) that puts the runs side by side."""
+    from lmms_keyspace.reports import write_report
+
+    for path in write_report(runs, out, allow_mismatch=allow_mismatch):
+        typer.echo(path)
+
+
+@app.command()
+def doctor() -> None:
+    """Check the installation: registration, every task, versions, bundled weights. Exits 1 when something is wrong."""
+    from lmms_keyspace.doctor import examine
+
+    console = Console()
+    findings = examine()
+    for finding in findings:
+        mark = "[green]ok[/green]  " if finding.ok else "[red]FAIL[/red]"
+        console.print(f"{mark} {finding.subject}: ", end="")
+        console.print(finding.detail, markup=False, highlight=False, soft_wrap=True)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Console script: a user's mistake is one line on standard error and exit status 2, not a traceback."""
+    try:
+        app()
+    except InputError as error:
+        print(f"lmms-keyspace: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,115 @@
+"""What `lmms-keyspace doctor` checks: everything a run needs, with the true error where something is wrong."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from lmms_keyspace import embedded, harness
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination."""
+
+    subject: str
+    ok: bool
+    detail: str
+
+
+def examine() -> list[Finding]:
+    """Run every check.
+
+    Returns:
+        One finding per check; those of a check that raised carry its error.
+    """
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("versions", _versions),
+        ("models", _models),
+        ("hooks", _hooks),
+        *((f"task {path.stem}", lambda path=path: _task(path)) for path in _task_files()),  # type: ignore[misc]
+        *((f"bundled {name}", lambda folder=folder: _weights(folder)) for name, folder in _bundled().items()),  # type: ignore[misc]
+    ]
+    return [_finding(subject, check) for subject, check in checks]
+
+
+def _finding(subject: str, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding(subject, True, check())
+    except Exception as error:  # noqa: BLE001 - whatever is wrong is what the user came to see
+        return Finding(subject, False, f"{type(error).__name__}: {error}")
+
+
+def _versions() -> str:
+    from packaging.requirements import Requirement
+
+    found = {"python": platform.python_version()}
+    wrong = []
+    for text in requires("lmms-keyspace") or []:
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found[requirement.name] = version(requirement.name)
+        except PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(found[requirement.name], prereleases=True):
+            wrong.append(f"{requirement.name} {found[requirement.name]} is outside {requirement.specifier}")
+    if wrong:
+        raise RuntimeError("; ".join(wrong) + "; install with the versions of constraints.txt")
+    return ", ".join(f"{name} {number}" for name, number in found.items())
+
+
+def _models() -> str:
+    from lmms_eval.models import get_model, list_available_models
+
+    missing = sorted(set(harness.MODEL_CLASSES) - set(list_available_models()))
+    if missing:
+        raise RuntimeError(f"lmms-eval does not list {', '.join(missing)}; reinstall the package (pip install -e .)")
+    for name in harness.MODEL_CLASSES:
+        get_model(name)
+    return ", ".join(harness.MODEL_CLASSES)
+
+
+def _hooks() -> str:
+    import lmms_eval.models  # noqa: F401 - loads the entry point, as lmms-eval does
+
+    problems = [problem for problem in (harness.install_task_hook(), harness.install_run_hooks()) if problem]
+    if problems:
+        raise RuntimeError("; ".join(problems))
+    return "tasks by name, output folder, key-space files"
+
+
+def _task_files() -> list[Path]:
+    return sorted(harness.tasks_folder().rglob("*.yaml"))
+
+
+def _task(path: Path) -> str:
+    """Load the YAML and build its documents, as lmms-eval does, without lmms-eval's silence about errors."""
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    manager = TaskManager(include_path=str(path.parent), include_defaults=False)
+    names = [name for name in manager.all_tasks if manager.task_index[name]["yaml_path"] == str(path)]
+    if not names:
+        raise RuntimeError(f"{path.name} names no task that lmms-eval finds")
+    tasks = get_task_dict(names, manager, "chat")
+    return ", ".join(f"{len(task.eval_docs)} documents" for task in tasks.values())
+
+
+def _bundled() -> dict[str, Path]:
+    return {"base": embedded.base_path(), **{name: embedded.adapter_path(name) for name in embedded.ADAPTERS}}
+
+
+def _weights(folder: Path) -> str:
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise RuntimeError(f"no weights in {folder}; build them with `python -m lmms_keyspace.embedded.build`")
+    with safe_open(files[0], framework="numpy") as weights:
+        count = len(list(weights.keys()))
+    return f"{count} tensors, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"

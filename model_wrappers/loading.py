@@ -1,0 +1,108 @@
+"""Load what the arguments name: cheap checks first, weights last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from lmms_keyspace import embedded
+from lmms_keyspace.errors import InputError
+from lmms_keyspace.malora import AdapterInfo, check_adapter
+from lmms_keyspace.model_wrappers.arguments import Arguments
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to generate, with what the run's record says of it."""
+
+    model: Any  # PreTrainedModel, or PeftModel around it
+    processor: Any
+    device: torch.device
+    pretrained: str  # as recorded: hub id, folder, or `bundled`
+    revision: str | None
+    adapter: str | None
+    adapter_info: AdapterInfo | None
+
+    @property
+    def bundled(self) -> bool:
+        return self.pretrained == "bundled"
+
+
+def load(arguments: Arguments) -> Loaded:
+    """Load processor, model and adapter.
+
+    Raises:
+        InputError: the model's config or the adapter's headers do not fit, found before the weights are read.
+    """
+    device = _device(arguments.device)
+    pretrained = str(arguments.pretrained)
+    try:
+        config = AutoConfig.from_pretrained(pretrained, revision=arguments.revision)
+    except (OSError, ValueError) as error:
+        raise InputError("pretrained", pretrained, f"no model config can be read there: {error}") from error
+    n_layers = config.get_text_config().num_hidden_layers
+    if arguments.layers is not None and arguments.layers[-1] >= n_layers:
+        raise InputError("layers", arguments.layers[-1], f"the decoder has layers 0 to {n_layers - 1}")
+    folder = _adapter_folder(arguments.peft)
+    info = check_adapter(folder, config) if folder is not None else None
+
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else _default_dtype(device)
+    processor = AutoProcessor.from_pretrained(pretrained, revision=arguments.revision)
+    # Decoding continues at the right end of every row, so prompts are padded on the left.
+    processor.tokenizer.padding_side = "left"
+    model = AutoModelForImageTextToText.from_pretrained(
+        pretrained, revision=arguments.revision, dtype=dtype, attn_implementation=arguments.attn_implementation
+    ).to(device)
+    if folder is not None:
+        model = PeftModel.from_pretrained(model, str(folder)).to(device)
+    return Loaded(
+        model=model.eval(),
+        processor=processor,
+        device=device,
+        pretrained=_recorded_name(pretrained),
+        revision=arguments.revision or getattr(config, "_commit_hash", None),
+        adapter=_recorded_name(arguments.peft) if arguments.peft else None,
+        adapter_info=info,
+    )
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError("device", name, f"torch cannot use it here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def _default_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _adapter_folder(peft: str | None) -> Path | None:
+    if peft is None:
+        return None
+    if Path(peft).is_dir():
+        return Path(peft)
+    try:
+        return Path(snapshot_download(peft, allow_patterns=["adapter_config.json", "adapter_model.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise InputError("peft", peft, f"it is no folder here and cannot be had from the hub: {error}") from error
+
+
+def _recorded_name(name: str) -> str:
+    """The bundled folders get a name of their own: their path says where the package lies, not what they are."""
+    path = Path(name)
+    if path == embedded.base_path():
+        return "bundled"
+    if path.parent == embedded.base_path().parent:
+        return f"bundled/{path.name}"
+    return name
