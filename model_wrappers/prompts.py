@@ -25,6 +25,7 @@ class Request:
     cluster_field: str | None
     segments: Mapping[str, str]
     text: str  # the chat template's output, one placeholder per image
+    content: tuple[str, ...]  # the messages' own text parts, in order
     generation_kwargs: Mapping[str, Any]
     counted: bool  # False for the harness's padding clones
     messages: Callable[[], ChatMessages]
@@ -72,6 +73,7 @@ def read_request(instance: Instance, datasets: Mapping[str, Any], processor: Any
         cluster_field=cluster_field,
         segments={name: field(value, f"segment {name}") for name, value in (declared.get("segments") or {}).items()},
         text=text,
+        content=tuple(part.text for message in first.messages for part in message.content if part.type == "text"),
         generation_kwargs=generation_kwargs,
         counted="__padding_only__" not in (instance.metadata or {}),
         messages=messages,
