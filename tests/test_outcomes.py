@@ -1,0 +1,93 @@
+"""Every metric of the probe on eight groups whose values are counted by hand."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from lmms_keyspace import outcomes as o
+from lmms_keyspace.errors import InputError
+
+# One letter per group: g(old), l(ure), o(ther), p(arse fail).
+ANSWERS = {
+    "clean": "ggggggol",
+    "match": "gggggggg",
+    "conflict": "llggogll",
+    "irrelevant": "glgggogl",
+    "text_only_conflict": "llllllop",
+    "blank": "ggoooool",
+}
+LETTERS = {"g": "gold", "l": "lure", "o": "other", "p": "parse_fail"}
+EXPECTED = {
+    "clean_acc": 6 / 8,
+    "match_acc": 1.0,
+    "conflict_acc": 3 / 8,
+    "irrelevant_acc": 5 / 8,
+    "blind_acc": 2 / 8,
+    "text_flip_rate": 2 / 6,  # groups 0 and 1 of the six that are right in clean
+    "spurious_flip": 2 / 6,  # groups 1 and 5
+    "excess_flip": 1 / 6,  # two flips to the lure in conflict, one (group 1) in irrelevant
+    "tpr_label": 4 / 7,
+    "vis_gain": 4 / 8,
+    "benefit": 2 / 8,
+    "text_only_lure": 6 / 8,
+}
+
+
+def rows(answers: dict[str, str] = ANSWERS) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"group_id": f"g{group}", "condition": condition, "outcome": LETTERS[letter]}
+            for condition, letters in answers.items()
+            for group, letter in enumerate(letters)
+        ]
+    )
+
+
+def test_every_metric_has_its_value():
+    groups = o.outcomes_by_group(rows().sample(frac=1, random_state=3))
+    assert groups.dropped == 0
+    values = {name: o.measure(metric, groups.outcomes) for name, metric in o.METRICS.items()}
+    assert {name: result.value for name, result in values.items()} == pytest.approx(EXPECTED)
+    for result in values.values():
+        assert result.low <= result.value <= result.high
+        assert result.low < result.high
+    assert values["text_flip_rate"].n == 6
+
+
+def test_incomplete_groups_are_dropped_and_counted():
+    table = rows()
+    cut = table[~((table["group_id"] == "g7") & (table["condition"] == "blank"))]
+    groups = o.outcomes_by_group(cut)
+    assert groups.dropped == 1
+    assert len(groups.outcomes) == 7
+
+
+def test_a_metric_without_its_condition_or_denominator_is_none():
+    only_clean = o.outcomes_by_group(rows({"clean": "oo", "conflict": "ll"})).outcomes
+    assert o.measure(o.METRICS["text_flip_rate"], only_clean) is None  # no group is right in clean
+    assert o.measure(o.METRICS["vis_gain"], only_clean) is None
+    assert o.measure(o.METRICS["clean_acc"], only_clean).value == 0
+
+
+@pytest.mark.parametrize(("clean", "blank", "value"), [("gggg", "gggg", 0.0), ("oooo", "gggg", -1.0)])
+def test_a_difference_without_contradiction_still_has_a_width(clean, blank, value):
+    result = o.measure(o.METRICS["vis_gain"], o.outcomes_by_group(rows({"clean": clean, "blank": blank})).outcomes)
+    assert result.value == value
+    assert result.high - result.low > 0.4
+    assert result.low <= value <= result.high
+
+
+def test_duplicates_and_unknown_outcomes_are_refused():
+    table = rows()
+    with pytest.raises(InputError, match="two rows of one group"):
+        o.outcomes_by_group(pd.concat([table, table.tail(1)]))
+    with pytest.raises(InputError, match="outcome='nice'"):
+        o.outcomes_by_group(table.replace({"outcome": {"gold": "nice"}}))
+
+
+def test_the_gate_names_what_is_too_low():
+    groups = o.outcomes_by_group(rows()).outcomes
+    assert len(o.not_valid(groups)) == 2
+    assert "75.0 %, below 80 %" in o.not_valid(groups)[0]
+    assert o.not_valid(o.outcomes_by_group(rows({"clean": "ggggg", "text_only_conflict": "llllo"})).outcomes) == []
