@@ -1,0 +1,67 @@
+"""Generation settings, cutting of answers, and the order of batches."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmms_keyspace.model_wrappers.generation import DEFAULT_NEW_TOKENS, batches, cut, settings_of
+
+
+@dataclass
+class FakeRequest:
+    text: str
+    generation_kwargs: dict = field(default_factory=dict)
+
+
+def test_greedy_is_the_default():
+    settings = settings_of({})
+    assert settings.arguments["do_sample"] is False
+    assert settings.arguments["max_new_tokens"] == DEFAULT_NEW_TOKENS
+    assert settings.until == ()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sampled"),
+    [
+        ({"temperature": 0}, False),
+        ({"temperature": 0.7}, True),
+        ({"temperature": 0.7, "do_sample": False}, False),
+        ({"temperature": 0, "do_sample": True}, False),
+        ({"do_sample": False}, False),
+    ],
+)
+def test_sampling_needs_a_temperature(kwargs, sampled):
+    assert settings_of(kwargs).arguments["do_sample"] is sampled
+
+
+def test_what_the_task_says_is_passed_on():
+    settings = settings_of({"max_new_tokens": 7, "num_beams": 2, "until": "\n", "image_aspect_ratio": "pad"})
+    assert settings.arguments["max_new_tokens"] == 7
+    assert settings.arguments["num_beams"] == 2
+    assert "image_aspect_ratio" not in settings.arguments
+    assert settings.until == ("\n",)
+
+
+def test_an_answer_ends_at_the_first_mark():
+    assert cut("red\nblue. green", [".", "\n"]) == "red"
+    assert cut("red", ["\n"]) == "red"
+    assert cut("red", []) == "red"
+
+
+@given(
+    st.lists(
+        st.tuples(st.text(max_size=9), st.sampled_from([{}, {"max_new_tokens": 3}, {"until": ["a"]}])), max_size=40
+    ),
+    st.integers(1, 7),
+)
+def test_batches_hold_every_request_once_with_like_settings(drawn, size):
+    requests = [FakeRequest(text, kwargs) for text, kwargs in drawn]
+    cut_up = list(batches(requests, size))
+    assert sorted(index for _, members in cut_up for index in members) == list(range(len(requests)))
+    for settings, members in cut_up:
+        assert 1 <= len(members) <= size
+        assert all(settings_of(requests[index].generation_kwargs) == settings for index in members)
+        lengths = [len(requests[index].text) for index in members]
+        assert lengths == sorted(lengths, reverse=True)
