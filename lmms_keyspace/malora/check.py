@@ -1,0 +1,180 @@
+"""Is an adapter folder fit for a model? Answered from two small reads, before any model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+from lmms_keyspace.errors import InputError
+
+from .config import MaloraConfig, head_width, kv_heads
+from .model import MaloraModel
+
+# Tensors of a method: name ending -> which dimension of the linear layer each axis is, and which multiple of r.
+_SHAPES = {
+    "MALORA": {"malora_A": ("2r", "in"), "malora_B": ("out", "2r"), "malora_gate_weight": ("2", "in")},
+    "LORA": {"lora_A.weight": ("r", "in"), "lora_B.weight": ("out", "r")},
+}
+_CONFIGS = {"MALORA": MaloraConfig, "LORA": LoraConfig}
+_MATCHES = {"MALORA": MaloraModel._check_target_module_exists, "LORA": check_target_module_exists}
+# Other towers of a vision-language model number their layers too; this check is about the decoder.
+_OTHER_TOWERS = re.compile(r"\b(vision|visual|audio)")
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter folder holds."""
+
+    method: str  # PEFT type, e.g. MALORA or LORA
+    r: int
+    base_model: str | None  # name or path of the model it was trained on, as saved
+    sha256: str  # of adapter_model.safetensors
+
+
+def check_adapter(folder: str | Path, model_config: Any) -> AdapterInfo:
+    """Check that the adapter in `folder` fits a model of this config; reads the json and the safetensors header only.
+
+    Args:
+        folder: local folder with `adapter_config.json` and `adapter_model.safetensors`.
+        model_config: transformers config of the base model.
+
+    Raises:
+        InputError: for the argument `peft`: no such folder or files, weights as a pickle, a PEFT type other than
+            MALORA and LORA, tensors for other layers or of other widths than the model has, or of another rank than
+            the config says.
+    """
+    path = Path(folder)
+    weights = path / SAFETENSORS_WEIGHTS_NAME
+    settings = _read_config(path)
+    if not weights.is_file():
+        pickled = (path / WEIGHTS_NAME).is_file()
+        raise InputError(
+            "peft",
+            str(path),
+            f"it holds {WEIGHTS_NAME}, a pickle, which can run code; save the adapter as safetensors."
+            if pickled
+            else f"{SAFETENSORS_WEIGHTS_NAME} is missing; give a folder that `save_pretrained` wrote.",
+        )
+    method = settings.get("peft_type")
+    if method not in _SHAPES:
+        raise InputError("peft", str(path), f"its PEFT type is {method!r}; known types: {', '.join(_SHAPES)}.")
+    config = _parse(settings, method, path)
+    shapes = _read_shapes(weights)
+    _check_tensors(str(path), method, config, shapes, model_config.get_text_config())
+    digest = hashlib.sha256()
+    with weights.open("rb") as file:
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            digest.update(chunk)
+    return AdapterInfo(method, config.r, settings.get("base_model_name_or_path"), digest.hexdigest())
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_NAME
+    if not file.is_file():
+        raise InputError("peft", str(path), f"{CONFIG_NAME} is missing; give a folder that `save_pretrained` wrote.")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError("peft", str(file), f"it is not valid JSON ({error}); save the adapter again.") from error
+    if not isinstance(settings, dict):
+        raise InputError("peft", str(file), "it must hold a JSON object; save the adapter again.")
+    return settings
+
+
+def _parse(settings: dict[str, Any], method: str, path: Path) -> Any:
+    known = {name: value for name, value in settings.items() if name in _CONFIGS[method].__dataclass_fields__}
+    try:
+        return _CONFIGS[method](**{name: value for name, value in known.items() if name != "peft_type"})
+    except (TypeError, ValueError) as error:
+        raise InputError("peft", str(path / CONFIG_NAME), f"PEFT refuses it ({error}); save it again.") from error
+
+
+def _read_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except SafetensorError as error:
+        raise InputError("peft", str(weights), f"it is not a safetensors file ({error}); save it again.") from error
+
+
+def _check_tensors(
+    folder: str, method: str, config: PeftConfig, shapes: dict[str, tuple[int, ...]], text_config: Any
+) -> None:
+    n_layers = text_config.num_hidden_layers
+    adapted = set()
+    for name, shape in shapes.items():
+        module, ending = _split(name, method)
+        layer = re.search(r"\.layers\.(\d+)\.", module)
+        if ending is None or layer is None or _OTHER_TOWERS.search(module):
+            continue
+        if int(layer[1]) >= n_layers:
+            raise InputError(
+                "peft", folder, f"it adapts layer {layer[1]}, but this model has {n_layers} layers; {_WRONG_MODEL}"
+            )
+        adapted.add(module)
+        rank = _rank(config, module)
+        sizes = {"r": rank, "2r": 2 * rank, "2": 2} | _widths(module, text_config)
+        for axis, (label, size) in enumerate(zip(_SHAPES[method][ending], shape, strict=True)):
+            if label in sizes and sizes[label] != size:
+                what = "its config has r" if "r" in label else "this model needs"
+                raise InputError(
+                    "peft",
+                    folder,
+                    f"{name} has shape {list(shape)}; axis {axis} must be {sizes[label]} ({what} "
+                    f"{rank if 'r' in label else sizes[label]}); {_WRONG_MODEL}",
+                )
+    if not adapted:
+        raise InputError("peft", folder, f"it holds no {method} tensor of a decoder layer; {_WRONG_MODEL}")
+    # The same settings would also adapt these layers of this model, but the file has nothing for them.
+    wanted = {
+        re.sub(r"\.layers\.\d+\.", f".layers.{layer}.", module) for module in adapted for layer in range(n_layers)
+    }
+    missing = sorted(
+        module for module in wanted - adapted if _MATCHES[method](config, module.removeprefix("base_model.model."))
+    )
+    if missing:
+        raise InputError("peft", folder, f"it has no tensors for {missing[0]!r} of this model; {_WRONG_MODEL}")
+
+
+_WRONG_MODEL = "give the adapter that was trained on this model, or the model it was trained on."
+
+
+def _split(name: str, method: str) -> tuple[str, str | None]:
+    """Module name and tensor ending of a saved tensor; the ending is None for tensors this check does not know."""
+    for ending in _SHAPES[method]:
+        if name.endswith("." + ending):
+            return name.removesuffix("." + ending), ending
+    return name, None
+
+
+def _rank(config: Any, module: str) -> int:
+    patterns = getattr(config, "rank_pattern", None) or {}
+    key = get_pattern_key(patterns.keys(), module)
+    return int(patterns.get(key, config.r))
+
+
+def _widths(module: str, text_config: Any) -> dict[str, int]:
+    """Input and output width of a decoder's linear layer, by its usual name; empty for other names."""
+    hidden, head = int(text_config.hidden_size), head_width(text_config)
+    queries, keys = text_config.num_attention_heads * head, kv_heads(text_config) * head
+    widths = {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, text_config.intermediate_size),
+        "up_proj": (hidden, text_config.intermediate_size),
+        "down_proj": (text_config.intermediate_size, hidden),
+    }
+    into_and_out = widths.get(module.rpartition(".")[2])
+    return {} if into_and_out is None else {"in": into_and_out[0], "out": into_and_out[1]}
