@@ -114,7 +114,10 @@ def measure(metric: Metric, outcomes: pd.DataFrame) -> Measured | None:
     if (numerator <= 0).all():
         low, high = stats.wilson(round(-numerator.sum()), total)
         return Measured(value, -high, -low, total)
-    return Measured(value, *stats.cluster_bootstrap(numerator, list(outcomes.index), weights=denominator), total)
+    counted = denominator > 0  # resampling the others could leave nothing to divide by
+    groups = list(outcomes.index[counted])
+    interval = stats.cluster_bootstrap(numerator[counted], groups, weights=denominator[counted])
+    return Measured(value, *interval, total)
 
 
 def not_valid(outcomes: pd.DataFrame) -> list[str]:
@@ -168,6 +171,12 @@ def _text_preference(outcomes: pd.DataFrame) -> tuple[Floats, Floats]:
     return lure, lure + _is(outcomes, CONFLICT, GOLD)
 
 
+def _text_preference_gated(outcomes: pd.DataFrame) -> tuple[Floats, Floats]:
+    passed = _is(outcomes, CLEAN, GOLD) * _is(outcomes, TEXT_ONLY_CONFLICT, LURE)
+    lure, either = _text_preference(outcomes)
+    return passed * lure, passed * either
+
+
 def _is(outcomes: pd.DataFrame, condition: str, outcome: str) -> Floats:
     return np.asarray(outcomes[condition] == outcome, dtype=np.float64)
 
@@ -182,6 +191,30 @@ METRICS: Mapping[str, Metric] = {
             "excess_flip", "Flips beyond irrelevant text", -1, (CLEAN, CONFLICT, IRRELEVANT), _excess_flip, signed=True
         ),
         Metric("tpr_label", "Text preference ratio", -1, (CONFLICT,), _text_preference),
+        Metric(
+            "tpr_gated",
+            "Text preference ratio, image and text understood",
+            -1,
+            (CLEAN, CONFLICT, TEXT_ONLY_CONFLICT),
+            _text_preference_gated,
+        ),
+        Metric("conflict_lure", "Follows the misleading text", -1, (CONFLICT,), _share(LURE, CONFLICT)),
+        Metric(
+            "conflict_drop",
+            "Cost of misleading text (clean - conflict)",
+            -1,
+            (CLEAN, CONFLICT),
+            _gain(CLEAN, CONFLICT),
+            signed=True,
+        ),
+        Metric(
+            "irrelevant_drop",
+            "Cost of irrelevant text (clean - irrelevant)",
+            -1,
+            (CLEAN, IRRELEVANT),
+            _gain(CLEAN, IRRELEVANT),
+            signed=True,
+        ),
         Metric("vis_gain", "Blank gap (clean - blank)", 1, (CLEAN, BLANK), _gain(CLEAN, BLANK), signed=True),
         Metric("benefit", "Match benefit (match - clean)", 0, (CLEAN, MATCH), _gain(MATCH, CLEAN), signed=True),
         Metric(

@@ -28,6 +28,10 @@ EXPECTED = {
     "spurious_flip": 2 / 6,  # groups 1 and 5
     "excess_flip": 1 / 6,  # two flips to the lure in conflict, one (group 1) in irrelevant
     "tpr_label": 4 / 7,
+    "tpr_gated": 2 / 5,  # groups 0 to 5 pass the gate; 0 and 1 take the lure, 4 neither
+    "conflict_lure": 4 / 8,
+    "conflict_drop": 3 / 8,
+    "irrelevant_drop": 1 / 8,
     "vis_gain": 4 / 8,
     "benefit": 2 / 8,
     "text_only_lure": 6 / 8,
