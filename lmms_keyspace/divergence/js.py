@@ -53,7 +53,8 @@ class JSClassifier:
 
     Attributes:
         folds: number of folds; fewer when a side has fewer groups.
-        l2: weight of |w|^2 / 2 beside the mean balanced log-loss; the intercept is free.
+        l2: weight of |w|^2 / 2 beside the mean balanced log-loss; the intercept is free. Small enough that two clouds
+            separable along a single axis reach the ceiling.
         ceiling: share of ln 2 above which `at_ceiling` is set.
         n_resamples: bootstrap draws of groups for the interval.
         tolerance: largest gradient entry at which Newton's iteration stops.
@@ -61,7 +62,7 @@ class JSClassifier:
     """
 
     folds: int = 5
-    l2: float = 0.01
+    l2: float = 0.003
     ceiling: float = 0.95
     n_resamples: int = 1000
     tolerance: float = 1e-4
@@ -145,7 +146,8 @@ class JSClassifier:
         balance = torch.where(is_x, 0.5 / is_x.sum(), 0.5 / (~is_x).sum()).to(features.dtype)
         mean = features.mean(dim=1, keepdim=True)
         deviation = features.std(dim=1, keepdim=True, correction=0)
-        scale = torch.where(deviation > 0, deviation, 1.0)
+        # A feature that is constant but for rounding must not have its rounding blown up.
+        scale = torch.where(deviation > 1e-6 * deviation.amax(dim=-1, keepdim=True), deviation, 1.0)
         z = torch.cat([(features - mean) / scale, torch.ones_like(features[..., :1])], dim=-1)
         penalty = torch.full_like(z[0, 0], self.l2)
         penalty[-1] = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import prod
 
 import numpy as np
 import torch
@@ -66,8 +67,8 @@ def kernel_sums(
         raise InputError("scales", scales, "give at least one scale")
 
     # In units of the widest kernel the exponent is minus the squared distance, which one matrix product gives.
-    unit = torch.from_numpy(1 / np.sqrt(width2 * descending[0])).to(x)[..., None, None]
-    heads_x, heads_y = ((c * unit).reshape(-1, *c.shape[-2:]) for c in (x, y))
+    unit = torch.as_tensor(1 / np.sqrt(width2 * descending[0])).to(x)[..., None, None]
+    heads_x, heads_y = ((c * unit).reshape(prod(lead), *c.shape[-2:]) for c in (x, y))
     block = min(_BLOCK, max(np.bincount(codes_x, minlength=1).max(), np.bincount(codes_y, minlength=1).max()))
     order_x, owner_x = _blocks(codes_x, d, int(block))
     order_y, owner_y = _blocks(codes_y, d, int(block))
