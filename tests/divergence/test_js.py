@@ -108,7 +108,7 @@ def test_image_effects_do_not_fake_a_divergence():
     by_image = js_classifier(x, y, groups_x=groups, groups_y=np.char.add("text-", groups)).value
     by_token = js_classifier(x, y, groups_x=range(256), groups_y=range(256, 512)).value
     assert by_image.mean() < 0
-    assert by_token.mean() > 0.1
+    assert by_token.mean() > 4 * by_token.std() / np.sqrt(10)
 
 
 def test_separable_clouds_are_at_the_ceiling():
