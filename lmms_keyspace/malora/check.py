@@ -25,7 +25,7 @@ _SHAPES = {
     "MALORA": {"malora_A": ("2r", "in"), "malora_B": ("out", "2r"), "malora_gate_weight": ("2", "in")},
     "LORA": {"lora_A.weight": ("r", "in"), "lora_B.weight": ("out", "r")},
 }
-_CONFIGS = {"MALORA": MaloraConfig, "LORA": LoraConfig}
+_CONFIGS: dict[str, Any] = {"MALORA": MaloraConfig, "LORA": LoraConfig}
 _MATCHES = {"MALORA": MaloraModel._check_target_module_exists, "LORA": check_target_module_exists}
 # Other towers of a vision-language model number their layers too; this check is about the decoder.
 _OTHER_TOWERS = re.compile(r"\b(vision|visual|audio)")
@@ -159,7 +159,7 @@ def _split(name: str, method: str) -> tuple[str, str | None]:
 
 def _rank(config: Any, module: str) -> int:
     patterns = getattr(config, "rank_pattern", None) or {}
-    key = get_pattern_key(patterns.keys(), module)
+    key = get_pattern_key(list(patterns), module)
     return int(patterns.get(key, config.r))
 
 

@@ -48,7 +48,7 @@ class MaloraConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Regex or list of name endings to leave out."}
     )
-    layers_to_transform: list[int] | int | None = field(
+    layers_to_transform: list[int] | None = field(
         default=None, metadata={"help": "Decoder layers to adapt; None adapts all."}
     )
     init_weights: bool = field(default=True, metadata={"help": "False draws every weight at random, for tests."})
@@ -67,11 +67,11 @@ class MaloraConfig(PeftConfig):
             raise InputError("gate", self.gate, f"choose one of {', '.join(GATES)}.")
         if not self.target_modules:
             raise InputError("target_modules", self.target_modules, f"name the layers, e.g. {DECODER_KEYS!r}.")
-        if isinstance(self.layers_to_transform, int):
-            self.layers_to_transform = [self.layers_to_transform]
         layers = self.layers_to_transform
-        if layers is not None and (not layers or any(not isinstance(i, int) or i < 0 for i in layers)):
-            raise InputError("layers_to_transform", layers, "give decoder layer indices from 0, or None for all.")
+        if layers is not None and not (
+            isinstance(layers, list) and layers and all(isinstance(i, int) and i >= 0 for i in layers)
+        ):
+            raise InputError("layers_to_transform", layers, "give a list of layer indices from 0, or None for all.")
 
     def parameter_count(self, in_features: int, out_features: int) -> int:
         """Trainable parameters that the adapter adds to one linear layer."""

@@ -120,7 +120,7 @@ class MaloraLinear(nn.Module, MaloraLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Base output plus the update of every active adapter; `x` is [batch, tokens, in]."""
-        result = self.base_layer(x, *args, **kwargs)
+        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
         dtype = result.dtype

@@ -75,9 +75,7 @@ def gram_loss(keys: Tensor, reference: Tensor) -> Tensor:
         InputError: fewer than 2 tokens.
     """
     if keys.shape[-2] < 2:
-        raise InputError(
-            "batches", keys.shape[-2], "the Gram term needs at least 2 visual and 2 text tokens."
-        )
+        raise InputError("batches", keys.shape[-2], "the Gram term needs at least 2 visual and 2 text tokens.")
     keys, reference = _at_least_float32(keys), _at_least_float32(reference.detach())
     keys = keys - keys.mean(dim=-2, keepdim=True)
     reference = reference - reference.mean(dim=-2, keepdim=True)

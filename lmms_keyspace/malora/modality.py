@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel
 
 from lmms_keyspace.errors import InputError
 
@@ -54,23 +55,23 @@ class ModalityMask:
     """Mask of visual tokens of the forward pass under way, `[batch, tokens]`, True where visual.
 
     Gradient checkpointing runs a decoder layer a second time during the backward pass, possibly after further forward
-    passes with other images. The mask of a recomputation is therefore found by the rotary tables (`position_embeddings`),
-    which the model makes anew in every forward pass and hands to each layer, and which a recomputation gets back as
-    the same object.
+    passes with other images. The mask of a recomputation is therefore found by the rotary tables
+    (`position_embeddings`), which the model makes anew in every forward pass and hands to each layer, and which a
+    recomputation gets back as the same object.
     """
 
     def __init__(self, token_ids: tuple[int, ...], parameters: tuple[str, ...]) -> None:
-        """`token_ids`: ids of visual tokens; `parameters`: names of the arguments of the model's `forward`, in order."""
+        """`token_ids`: ids of visual tokens; `parameters`: argument names of the model's `forward`, in order."""
         self.token_ids = token_ids
         self.parameters = parameters
-        self.given: torch.Tensor | None = None
+        self._given: torch.Tensor | None = None
         self._current: torch.Tensor | None = None
         self._running = False
         self._copies: dict[torch.device, torch.Tensor] = {}
         self._by_rotary_table = WeakIdKeyDictionary()
 
     @classmethod
-    def attach(cls, model: nn.Module) -> tuple[ModalityMask, list[Any]]:
+    def attach(cls, model: PreTrainedModel) -> tuple[ModalityMask, list[Any]]:
         """Make a mask for `model` and register the hooks that keep it up to date; returns it and the hook handles."""
         mask = cls(visual_token_ids(model.config), tuple(inspect.signature(model.forward).parameters))
         handles = [
@@ -78,6 +79,11 @@ class ModalityMask:
             model.register_forward_hook(mask.after_model, always_call=True),
         ]
         return mask, handles
+
+    def give(self, mask: torch.Tensor | None) -> None:
+        """Set, or take back, the mask for calls by `inputs_embeds`."""
+        self._given = mask
+        self._copies = {}
 
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the tuned model: read the mask of this call."""
@@ -106,7 +112,7 @@ class ModalityMask:
         Raises:
             InputError: no mask is known for this call, or it has another shape than the hidden states.
         """
-        mask = self.given if self._current is None else self._current
+        mask = self._given if self._current is None else self._current
         if mask is None:
             raise InputError(
                 "inputs_embeds",
@@ -132,7 +138,7 @@ class ModalityMask:
     def _read(self, call: Mapping[str, Any]) -> torch.Tensor | None:
         input_ids = call.get("input_ids")
         if input_ids is None:
-            return self.given  # None without `modality_mask`: the first adapted layer says so, if one is switched on
+            return self._given  # None without `modality_mask`: the first adapted layer says so, if one is switched on
         if all(call.get(name) is None for name in PIXEL_ARGUMENTS):
             return torch.zeros_like(input_ids, dtype=torch.bool)
         mask = torch.isin(input_ids, torch.tensor(self.token_ids, device=input_ids.device))
@@ -160,17 +166,14 @@ def modality_mask(model: nn.Module, mask: torch.Tensor) -> Iterator[None]:
     """
     if mask.dtype != torch.bool:
         raise InputError("modality_mask", mask.dtype, "give a bool tensor [batch, tokens], True where visual.")
-    holders = {
-        id(m.modality): m.modality for m in model.modules() if isinstance(getattr(m, "modality", None), ModalityMask)
-    }
+    found = (getattr(module, "modality", None) for module in model.modules())
+    holders = {holder for holder in found if isinstance(holder, ModalityMask)}
     if not holders:
         raise InputError("model", type(model).__name__, "it has no MaLoRA layer; load a MALORA adapter first.")
-    for holder in holders.values():
-        holder.given = mask
-        holder._copies = {}
+    for holder in holders:
+        holder.give(mask)
     try:
         yield
     finally:
-        for holder in holders.values():
-            holder.given = None
-            holder._copies = {}
+        for holder in holders:
+            holder.give(None)

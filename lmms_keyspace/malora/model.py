@@ -7,6 +7,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 
 from lmms_keyspace.errors import InputError
 
@@ -28,9 +29,10 @@ class MaloraModel(BaseTuner):
 
     prefix: str = "malora_"
     tuner_layer_cls = MaloraLayer
-    target_module_mapping: dict[str, list[str]] = {}
 
-    def _pre_injection_hook(self, model: nn.Module, config: MaloraConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(  # type: ignore[override]  # the config is always ours
+        self, model: PreTrainedModel, config: MaloraConfig, adapter_name: str
+    ) -> None:
         decoder = decoder_name(model)
         n_layers = model.config.get_text_config().num_hidden_layers
         missing = [layer for layer in config.layers_to_transform or () if layer >= n_layers]
@@ -52,15 +54,15 @@ class MaloraModel(BaseTuner):
             self.modality, self._hooks = ModalityMask.attach(model)
 
     @staticmethod
-    def _check_target_module_exists(config: MaloraConfig, key: str) -> Any:
+    def _check_target_module_exists(config: MaloraConfig, key: str) -> Any:  # type: ignore[override]
         found = check_target_module_exists(config, key)
         if not found or config.layers_to_transform is None:
-            # A regex match object is truthy but says no more than True; an excluded module is falsy and of its own type.
+            # A match object says no more than True; PEFT's mark of an excluded module is falsy and must stay itself.
             return True if found else found
         index = re.search(r"\.layers\.(\d+)\.", key)
         return index is not None and int(index[1]) in config.layers_to_transform
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: MaloraConfig,
         adapter_name: str,
@@ -90,7 +92,7 @@ class MaloraModel(BaseTuner):
         return model
 
 
-def decoder_name(model: nn.Module) -> str:
+def decoder_name(model: PreTrainedModel) -> str:
     """Full module name of the text decoder inside a vision-language model.
 
     Raises:
@@ -99,7 +101,7 @@ def decoder_name(model: nn.Module) -> str:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     for name, module in model.named_modules():
         if name and module is decoder:
-            return name
+            return str(name)
     raise InputError(
         "model", type(model).__name__, "MaLoRA needs a transformers vision-language model with a decoder of its own."
     )

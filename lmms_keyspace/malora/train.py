@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lmms_keyspace.divergence import median_bandwidth2
 from lmms_keyspace.errors import InputError
@@ -26,6 +27,7 @@ from .config import head_width, kv_heads
 from .layer import MaloraLayer
 from .losses import ANCHORS, gram_loss, mmd2_loss
 from .modality import visual_token_ids
+from .model import decoder_name
 
 Batch = Mapping[str, Tensor]
 
@@ -65,10 +67,10 @@ def train(
 ) -> list[StepLog]:
     """Train the active adapter of `model` in place.
 
-    The loss is CE + lambda_mmd(t) * MMD^2 + lambda_gram * Gram, the terms averaged over layers and KV heads. MMD^2 compares
-    pre-RoPE keys of equally many visual and text tokens of the batch, at most `max_tokens` each, drawn without
-    replacement from tokens that are neither padding nor special; the answer's tokens count as text. Bandwidths come
-    from a calibration pass over the first `calibration_batches` batches with the adapter switched off, and stay.
+    The loss is CE + lambda_mmd(t) * MMD^2 + lambda_gram * Gram, the terms averaged over layers and KV heads. MMD^2
+    compares pre-RoPE keys of equally many visual and text tokens of the batch, at most `max_tokens` each, drawn
+    without replacement from tokens that are neither padding nor special; the answer's tokens count as text. Bandwidths
+    come from a calibration pass over the first `calibration_batches` batches with the adapter switched off, and stay.
     AdamW; the learning rate rises over the warm-up and then follows a cosine to 0.
 
     Args:
@@ -172,8 +174,9 @@ class KeyTap:
     """
 
     layer: int
-    module: BaseTunerLayer
-    shape: tuple[int, int]  # KV heads, head width
+    module: nn.Module
+    heads: int
+    width: int
     inputs: Tensor | None = None
     keys: Tensor | None = None
     base: Tensor | None = None
@@ -184,25 +187,25 @@ class KeyTap:
 
     def _on_keys(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self.inputs = args[0].detach()
-        self.keys = output.unflatten(-1, self.shape)
+        self.keys = output.unflatten(-1, (self.heads, self.width))
 
     def _on_base(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.base = output.detach().unflatten(-1, self.shape)
+        self.base = output.detach().unflatten(-1, (self.heads, self.width))
 
 
-def key_taps(model: nn.Module) -> list[KeyTap]:
+def key_taps(model: PeftModel) -> list[KeyTap]:
     """One tap per adapted key projection of the decoder, by layer.
 
     Raises:
         InputError: no `k_proj` of the decoder has an adapter.
     """
-    text = model.config.get_text_config()
-    shape = (kv_heads(text), head_width(text))
+    base = cast(PreTrainedModel, model.get_base_model())
+    text = base.config.get_text_config()
     taps = []
-    for name, module in model.named_modules():
-        layer = re.search(r"language_model\..*\.?layers\.(\d+)\.self_attn\.k_proj$", name)
+    for name, module in base.get_submodule(decoder_name(base)).named_modules():
+        layer = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.self_attn\.k_proj", name)
         if layer and isinstance(module, BaseTunerLayer):
-            taps.append(KeyTap(int(layer[1]), module, shape))
+            taps.append(KeyTap(int(layer[1]), cast(nn.Module, module), kv_heads(text), head_width(text)))
     if not taps:
         raise InputError("target_modules", type(model).__name__, "no key projection of the decoder has an adapter.")
     return sorted(taps, key=lambda tap: tap.layer)
@@ -214,7 +217,7 @@ def tapped(taps: Sequence[KeyTap]) -> Iterator[None]:
     handles = []
     for tap in taps:
         handles.append(tap.module.register_forward_hook(tap._on_keys))
-        handles.append(tap.module.get_base_layer().register_forward_hook(tap._on_base))
+        handles.append(tap.module.get_submodule("base_layer").register_forward_hook(tap._on_base))
     try:
         yield
     finally:
@@ -240,7 +243,8 @@ class _Terms:
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         mmd2, gram = {}, {}
         for tap in taps:
-            assert tap.keys is not None and tap.base is not None
+            assert tap.keys is not None
+            assert tap.base is not None
             if not tap.keys.requires_grad:
                 raise InputError(
                     "gradient_checkpointing",
@@ -266,7 +270,7 @@ class _TokenSampler:
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Indices [n] of visual and of text tokens in the flattened [batch * tokens]; n is 0 if a modality is missing."""
+        """Indices [n] of visual and of text tokens in the flattened [batch * tokens]; n is 0 if one has none."""
         ids = batch["input_ids"].flatten().cpu()
         real = batch["attention_mask"].flatten().cpu().bool()
         visual = torch.isin(ids, self.visual_ids)
@@ -328,9 +332,11 @@ def _mean_gates(taps: Sequence[KeyTap], tokens: Tensor, side: int) -> dict[int, 
 
 def _endless(batches: Iterable[Batch], model: PeftModel) -> Iterator[Batch]:
     """Batches on the model's device, pixels in its dtype; starts again at the end until nothing comes."""
-    while True:
-        count = 0
-        for count, batch in enumerate(batches, start=1):
+    empty = False
+    while not empty:
+        empty = True
+        for batch in batches:
+            empty = False
             missing = {"input_ids", "attention_mask", "labels"} - set(batch)
             if missing:
                 raise InputError("batches", sorted(batch), f"a batch must hold {', '.join(sorted(missing))}.")
@@ -338,8 +344,6 @@ def _endless(batches: Iterable[Batch], model: PeftModel) -> Iterator[Batch]:
                 name: value.to(model.device, model.dtype if value.is_floating_point() else None)
                 for name, value in batch.items()
             }
-        if not count:
-            return
 
 
 def _cosine(progress: float) -> float:
