@@ -1,0 +1,97 @@
+"""From a model's reply to an outcome: strict parsing, no judge, no random fallback.
+
+A reply is `gold`, `lure`, `other` (another possible answer) or `parse_fail`. A reply that names two answers, or none,
+is a parse failure and nothing else: it is counted, never guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lmms_keyspace.outcomes import GOLD, LURE, OTHER, PARSE_FAIL
+from lmms_keyspace.tasks.documents import LETTERS
+from lmms_keyspace.tasks.metrics import ACCURACY_OF, METRIC_KEYS, Row
+
+_NUMERALS = {"1": "one", "2": "two", "3": "three", "4": "four"}
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
+_EDGES = " \t\n\r.,;:!?\"'`*"
+_LETTER = "".join(LETTERS)
+_BARE_LETTER = re.compile(rf"[(\[]?([{_LETTER}{_LETTER.lower()}])[)\]]?[.:,)]*")
+_LETTER_AND_TEXT = re.compile(rf"(?:[(\[]([{_LETTER}])[)\]]|([{_LETTER}])[.:)])\s*(.+)", re.DOTALL)
+_LETTER_IN_PROSE = re.compile(rf"\b(?:answer|option|letter)(?:\s+is)?:?\s+[(\[]?([{_LETTER}])\b", re.IGNORECASE)
+
+
+def parse_word(response: str, pool: Sequence[str]) -> str | None:
+    """The word of `pool` that a reply names, or None.
+
+    The whole reply, or exactly one whole word of its first sentence, case and outer punctuation aside. Numerals stand
+    for the number words of a pool.
+    """
+    reply = response.strip()
+    sentence = _SENTENCE_END.split(reply, maxsplit=1)[0] if reply else ""
+    words = (word.strip(_EDGES) for word in re.findall(r"\w+", sentence.casefold()))
+    named = {word if word in pool else _NUMERALS.get(word) for word in words}
+    answers = named.intersection(pool)
+    return answers.pop() if len(answers) == 1 else None
+
+
+def parse_letter(response: str, options: Sequence[str]) -> str | None:
+    """The option (its word) whose letter a reply gives, or None.
+
+    Accepted: `B`, `b.`, `(B)`, `B. blue` when option B is blue and no other option is named, and in the first sentence
+    `the answer is B`. A word without its letter is no answer here: the letter form exists to tell the two apart.
+    """
+    reply = response.strip().strip("*`\"'")
+    whole = _BARE_LETTER.fullmatch(reply)
+    if whole:
+        return _option(whole[1], options)
+    both = _LETTER_AND_TEXT.match(reply)
+    if both:
+        option = _option(both[1] or both[2], options)
+        said = {word for word in re.findall(r"\w+", both[3].casefold()) if word in options}
+        return option if said <= {option} else None
+    sentence = _SENTENCE_END.split(reply, maxsplit=1)[0] if reply else ""
+    letters = {letter.upper() for letter in _LETTER_IN_PROSE.findall(sentence)}
+    return _option(letters.pop(), options) if len(letters) == 1 else None
+
+
+def outcome(answer: str | None, gold: str, lure: str) -> str:
+    """What a parsed answer means: gold, lure, other or parse_fail (None)."""
+    if answer is None:
+        return PARSE_FAIL
+    return {gold: GOLD, lure: LURE}.get(answer, OTHER)
+
+
+def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """Score one reply: the fields that the samples file keeps, and one item per metric key.
+
+    The harness drops the document from its samples file, so everything a later computation needs is returned here.
+    Pure, since the harness calls it from several threads and repeats it on an exception.
+    """
+    parse = parse_letter if doc["options"] else parse_word
+    answer = parse(results[0], doc["pool"])
+    result = outcome(answer, doc["gold"], doc["lure"])
+    correct = float(result == GOLD)
+    row = Row(doc["group_id"], doc["family"], doc["condition"], result, answer, len(doc["pool"]))
+    items: dict[str, Any] = dict.fromkeys(METRIC_KEYS, row)
+    if doc["condition"] in ACCURACY_OF:
+        # With a `score` the harness adds its own clustered standard error: only where that mean is the metric.
+        items[ACCURACY_OF[doc["condition"]]] = row.fields() | {"score": correct}
+    kept = ("image_sha", "gold", "lure", "question", "context")
+    return (
+        row.fields()
+        | {k: doc[k] for k in kept}
+        | {
+            "response": results[0],
+            "correct": correct,
+            "score": correct,
+        }
+        | items
+    )
+
+
+def _option(letter: str, options: Sequence[str]) -> str | None:
+    place = LETTERS.index(letter.upper())
+    return options[place] if place < len(options) else None
