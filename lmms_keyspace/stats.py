@@ -134,7 +134,7 @@ def cluster_bootstrap(
     names, inverse = _cluster_codes(clusters, "clusters")
     numerators, denominators = _cluster_totals(values, weights, inverse, len(names), "values", "weights")
     counts = _resample(len(names), n_resamples, seed)
-    return _percentile(_ratio(counts @ numerators, counts @ denominators), level)
+    return _percentile(_ratio(counts @ numerators, counts @ denominators), level, "weights")
 
 
 def cluster_bootstrap_function(
@@ -156,7 +156,7 @@ def cluster_bootstrap_function(
         InputError: fewer than 2 clusters, or a statistic that is undefined in more than 5 % of the resamples.
     """
     rows = np.asarray(totals, dtype=np.float64)
-    return _percentile(statistic(_resample(len(rows), n_resamples, seed) @ rows), level)
+    return _percentile(statistic(_resample(len(rows), n_resamples, seed) @ rows), level, "statistic")
 
 
 def paired_cluster_difference(
@@ -204,7 +204,7 @@ def paired_cluster_difference(
     value = float(num_b.sum() / den_b.sum() - num_a.sum() / den_a.sum())
     counts = _resample(n, n_resamples, seed)
     draws = _ratio(counts @ num_b, counts @ den_b) - _ratio(counts @ num_a, counts @ den_a)
-    low, high = _percentile(draws, level)
+    low, high = _percentile(draws, level, "weights")
     se = float(np.nanstd(draws, ddof=1))
 
     swap = np.random.default_rng([seed, 1]).integers(0, 2, size=(n_resamples, n)).astype(np.float64)
@@ -489,11 +489,12 @@ def _ratio(numerator: Floats, denominator: Floats) -> Floats:
     return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
 
 
-def _percentile(draws: Floats, level: float) -> Interval:
+def _percentile(draws: Floats, level: float, argument: str) -> Interval:
     finite = draws[np.isfinite(draws)]
     if len(finite) < 0.95 * len(draws):
+        share = 1 - len(finite) / len(draws)
         raise InputError(
-            "weights", "sum to zero in more than 5 % of the resamples", "the ratio rests on too few clusters to bound"
+            argument, f"undefined in {share:.0%} of the resamples", "it rests on too few clusters to have an interval"
         )
     tail = (1 - _check_level(level)) / 2
     low, high = np.quantile(finite, (tail, 1 - tail))

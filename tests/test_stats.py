@@ -123,6 +123,17 @@ def test_bootstrap_of_a_ratio_covers_it():
     assert covered >= 180
 
 
+def test_bootstrap_of_a_function_of_sums():
+    """With a ratio as the function it is the bootstrap of the ratio; an undefined function has no interval."""
+    rng = np.random.default_rng(0)
+    totals = rng.integers(1, 9, size=(30, 2)).astype(float)
+    names = [f"c{i:02d}" for i in range(30)]
+    ratio = stats.cluster_bootstrap(totals[:, 0], names, weights=totals[:, 1])
+    assert stats.cluster_bootstrap_function(lambda sums: sums[:, 0] / sums[:, 1], totals) == ratio
+    with pytest.raises(InputError, match="statistic='undefined in 100%"):
+        stats.cluster_bootstrap_function(lambda sums: sums[:, 0] * np.nan, totals)
+
+
 def test_paired_difference_uses_the_pairing_and_the_shared_clusters():
     rng = np.random.default_rng(0)
     base = rng.normal(size=(40, 3))
@@ -350,6 +361,7 @@ X, Y = clouds(np.random.default_rng(0), heads=1, documents=3)
         (lambda: stats.cluster_bootstrap([1.0], ["a", "b"]), "values"),
         (lambda: stats.cluster_bootstrap([1.0, 0.0], ["a", "b"], weights=[0, 0]), "weights"),
         (lambda: stats.cluster_bootstrap([1.0, 0.0], ["a", "b"], weights=[1, -1]), "weights"),
+        (lambda: stats.cluster_bootstrap([1.0, 0.0], ["a", "b"], weights=[1, 0]), "weights"),
         (lambda: stats.paired_cluster_difference([1, 2], [1, 2], ["a", "b"], ["c", "d"]), "clusters"),
         (lambda: stats.mmd2_jackknife(sums_of(X, Y)), "n_visual"),
         (lambda: stats.mmd2_from_sums(sums_of(X[:, :1], Y[:, :1])), "n_visual"),

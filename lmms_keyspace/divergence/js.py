@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +24,7 @@ from lmms_keyspace.stats import hash_ranks
 LN2 = math.log(2)
 
 
-@dataclass(frozen=True)
-class JSEstimate:
+class JSEstimate(NamedTuple):
     """The bound in nats, its 95 % interval, and whether it is so near ln 2 that it ranks nothing; each [...]."""
 
     value: Floats

@@ -116,16 +116,7 @@ def _js_rows(
         loss = replace(loss, loss_x=_mean_first(loss.loss_x), loss_y=_mean_first(loss.loss_y))
         result = js_classifier.estimate(loss, seed=seed)
         counts = _counts(contrast, sums, seed)
-        yield from _rows(
-            contrast,
-            "js_classifier",
-            js_classifier.version,
-            result.value,
-            result.low,
-            result.high,
-            result.at_ceiling,
-            counts,
-        )
+        yield from _rows(contrast, "js_classifier", js_classifier.version, *result, counts)
 
 
 def _rows(
