@@ -1,0 +1,92 @@
+"""What the answers say: rows of the comparison from samples and results alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+
+from lmms_keyspace import stats
+from lmms_keyspace.outcomes import METRICS, Metric, measure
+from lmms_keyspace.records import NOT_INTERPRETABLE
+from lmms_keyspace.reports.load import Run
+from lmms_keyspace.reports.rows import N_RESAMPLES, SHARE, Row, change, extended, interval, noted, paired
+
+# The metrics a comparison tests. The others of the probe say the same in other words, and each test costs power.
+COMPARED = (
+    "clean_acc",
+    "match_acc",
+    "conflict_acc",
+    "irrelevant_acc",
+    "blind_acc",
+    "text_flip_rate",
+    "excess_flip",
+    "vis_gain",
+    "benefit",
+)
+
+
+def probe_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
+    """The compared metrics of a probe, as far as the outcomes allow."""
+    for metric in (METRICS[name] for name in COMPARED):
+        base: pd.DataFrame | None = None
+        for run in runs:
+            if task not in run.probes or (own := measure(metric, run.probes[task].outcomes)) is None:
+                continue
+            outcomes = run.probes[task].outcomes
+            row = Row(
+                task, metric.name, metric.label, SHARE, metric.direction, run.label, own.n, own.value, own.low, own.high
+            )
+            yield row if base is None else extended(row, _paired_outcomes, metric, base, outcomes)
+            base = outcomes if base is None else base
+
+
+def _paired_outcomes(metric: Metric, base: pd.DataFrame, run: pd.DataFrame) -> dict[str, Any]:
+    (num_a, den_a), (num_b, den_b) = metric.counts(base), metric.counts(run)
+    result = stats.paired_cluster_difference(
+        num_a, num_b, list(base.index), list(run.index), weights_a=den_a, weights_b=den_b, n_resamples=N_RESAMPLES
+    )
+    found: dict[str, Any] = change(result)
+    if result.value == 0 and math.isnan(result.mde):
+        # No group differs. How often could one, and still leave none of n? (exact binomial bound)
+        bound = 1 - 0.025 ** (1 / result.n)
+        found |= {
+            "delta_low": -bound,
+            "delta_high": bound,
+            "mde": stats.mde_paired(bound, result.n),
+            "note": "no group differs",
+        }
+    return found
+
+
+def stock_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
+    """The metrics that lmms-eval itself reports, for tasks that are not probes."""
+    if any(task in run.probes for run in runs):
+        return
+    first: dict[str, pd.DataFrame] = {}
+    for run in runs:
+        record = run.task_record(task)
+        note = "" if record is None or record.interpretable else NOT_INTERPRETABLE
+        samples = run.loaded.samples.get(task, pd.DataFrame())
+        for metric, value in _aggregates(run.loaded.results["results"][task]).items():
+            row = Row(task, metric, metric, SHARE, 1, run.label, len(samples), value, note=note)
+            if metric not in samples or not pd.api.types.is_numeric_dtype(samples[metric]):
+                yield noted(row, "no score by document was logged, so no interval")
+                continue
+            scores = samples.dropna(subset=[metric])
+            row = extended(row, interval, scores[metric], scores["doc_id"])
+            if metric in first:
+                row = extended(row, paired, first[metric], scores, metric, "doc_id")
+            yield row
+            first.setdefault(metric, scores)
+
+
+def _aggregates(results: dict[str, object]) -> dict[str, float]:
+    """`{"acc,none": 0.5, "acc_stderr,none": ...}` -> `{"acc": 0.5}`."""
+    return {
+        name.split(",")[0]: float(value)
+        for name, value in results.items()
+        if isinstance(value, (int, float)) and "," in name and "_stderr" not in name
+    }

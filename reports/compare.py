@@ -1,0 +1,74 @@
+"""The paired table: what each run measures and how it differs from the first, the base."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from lmms_keyspace import stats
+from lmms_keyspace.outcomes import not_valid
+from lmms_keyspace.records import NOT_INTERPRETABLE
+from lmms_keyspace.reports.accuracy import probe_rows, stock_rows
+from lmms_keyspace.reports.keyspace import attention_rows, js_rows, mmd2_rows
+from lmms_keyspace.reports.load import Runs, open_runs
+from lmms_keyspace.reports.rows import Row
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The paired table of runs against the first.
+
+    `table` has one row per task, metric and run with the columns of `Row`. `warnings` says what limits the comparison.
+    """
+
+    runs: tuple[str, ...]
+    table: pd.DataFrame
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """The whole comparison; numbers that do not exist are null."""
+        rows = [
+            {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+            for row in self.table.to_dict("records")
+        ]
+        content = {"base": self.runs[0], "runs": self.runs, "warnings": self.warnings, "rows": rows}
+        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def compare_runs(paths: Sequence[Path], *, allow_mismatch: bool = False) -> Comparison:
+    """Compare the runs at `paths` with the first; see `open_runs` for what a path may be and what is refused."""
+    return compare(open_runs(paths, allow_mismatch=allow_mismatch))
+
+
+def compare(runs: Runs) -> Comparison:
+    """The paired table of opened runs. p values are adjusted by Holm over the whole table."""
+    rows = [
+        row
+        for task in runs.tasks
+        for rows_of in (probe_rows, stock_rows, attention_rows, mmd2_rows, js_rows)
+        for row in rows_of(task, [run for run in runs.runs if task in run.tasks])
+    ]
+    table = pd.DataFrame([asdict(row) for row in rows], columns=list(Row.__dataclass_fields__))
+    table["p_adjusted"] = stats.holm(table["p"].to_numpy(dtype=float))
+    return Comparison(tuple(run.label for run in runs.runs), table, (*runs.mismatches, *_warnings(runs)))
+
+
+def _warnings(runs: Runs) -> Iterator[str]:
+    for run in runs.runs:
+        if run.record is None:
+            yield f"{run.label}: no keys were captured (not a model of this plugin); its accuracy only"
+        for task in run.tasks:
+            record = run.task_record(task)
+            if record and not record.interpretable:
+                yield f"{run.label}: {task} is {NOT_INTERPRETABLE} for this model"
+            if task in run.probes:
+                groups = run.probes[task]
+                if groups.dropped:
+                    yield f"{run.label}: {task} lost {groups.dropped} incomplete groups (an evaluation cut by --limit?)"
+                if reasons := not_valid(groups.outcomes):
+                    yield f"{run.label}: {task} says nothing about text bias: {'; '.join(reasons)}"
