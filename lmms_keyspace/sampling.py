@@ -1,0 +1,81 @@
+"""Which clusters and tokens are captured: decided by a seeded hash, smallest first (bottom-k).
+
+A choice depends on the seed and on the thing's own name, never on batch size, order or rank, so all conditions of a
+cluster stay together and two models with one tokenizer are sampled at the same tokens. A smaller k takes a subset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from lmms_keyspace.errors import InputError
+from lmms_keyspace.records import TEXT, VISUAL
+from lmms_keyspace.tokens import TokenLabels
+
+
+def _hash64(*parts: object) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        text = str(part).encode()
+        digest.update(len(text).to_bytes(8, "little") + text)  # length first: ("ab", "c") is not ("a", "bc")
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _mix64(values: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014), elementwise on uint64; wraps around."""
+    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+class Sampler:
+    """Bottom-k sampling of clusters in a task and of tokens in a document.
+
+    Args:
+        seed: any integer; one seed, one sample.
+        clusters: clusters taken per task, all their conditions included.
+        tokens: tokens taken per modality and document.
+
+    Raises:
+        InputError: `clusters` or `tokens` is below 1.
+    """
+
+    def __init__(self, seed: int, clusters: int = 128, tokens: int = 32) -> None:
+        for argument, value in (("capture_clusters", clusters), ("capture_tokens", tokens)):
+            if value < 1:
+                raise InputError(argument, value, "give a whole number of at least 1, or capture=off")
+        self.seed = seed
+        self.clusters = clusters
+        self.tokens = tokens
+
+    def choose_clusters(self, task: str, clusters: Iterable[str]) -> frozenset[str]:
+        """The clusters of a task to capture; names may repeat and come in any order."""
+        ranked = sorted(set(clusters), key=lambda name: (_hash64(self.seed, task, name), name))
+        return frozenset(ranked[: self.clusters])
+
+    def choose_tokens(self, task: str, cluster: str, modality: str, positions: np.ndarray) -> np.ndarray:
+        """The `tokens` positions with the smallest hash, in ascending order.
+
+        Args:
+            task, cluster, modality: which hash; conditions of a cluster share it.
+            positions: candidate positions, distinct and not negative.
+        """
+        positions = np.sort(np.asarray(positions, dtype=np.int64))
+        base = np.uint64(_hash64(self.seed, task, cluster, modality))
+        order = np.argsort(_mix64(_mix64(positions.astype(np.uint64)) ^ base), kind="stable")
+        return np.sort(positions[order[: self.tokens]])
+
+    def choose_positions(self, task: str, cluster: str, labels: TokenLabels) -> np.ndarray:
+        """Positions in the unpadded prompt of the visual and text tokens to capture, ascending.
+
+        Visual tokens are drawn by their rank among the prompt's visual tokens, so a condition that puts words before
+        the image is captured at the same patches.
+        """
+        visual = np.flatnonzero(labels.modality == VISUAL)
+        text = np.flatnonzero(labels.modality == TEXT)
+        ranks = self.choose_tokens(task, cluster, VISUAL, np.arange(visual.size))
+        return np.sort(np.concatenate([visual[ranks], self.choose_tokens(task, cluster, TEXT, text)]))
