@@ -46,12 +46,15 @@ def cut(text: str, until: Sequence[str]) -> str:
 def batches(requests: Sequence[Request], size: int) -> Iterator[tuple[Settings, list[int]]]:
     """Cut requests into batches of like settings, longest prompts first (padding is small, memory fails early).
 
+    Requests that are not counted come in batches of their own, so that capture can leave them out.
+
     Yields:
         The settings and the indices of the batch's requests.
     """
-    groups: dict[str, list[int]] = {}
+    groups: dict[tuple[bool, str], list[int]] = {}
     for index, request in enumerate(requests):
-        groups.setdefault(json.dumps(request.generation_kwargs, sort_keys=True, default=str), []).append(index)
+        settings_text = json.dumps(request.generation_kwargs, sort_keys=True, default=str)
+        groups.setdefault((request.counted, settings_text), []).append(index)
     for members in groups.values():
         members.sort(key=lambda index: (-len(requests[index].text), index))
         settings = settings_of(requests[members[0]].generation_kwargs)

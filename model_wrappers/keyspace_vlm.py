@@ -17,10 +17,11 @@ from tqdm import tqdm
 from lmms_keyspace import harness
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.model_wrappers import arguments as args
+from lmms_keyspace.model_wrappers.assembly import assemble
 from lmms_keyspace.model_wrappers.generation import Settings, batches, cut
 from lmms_keyspace.model_wrappers.loading import Loaded, load
-from lmms_keyspace.model_wrappers.prompts import Request, read_request
-from lmms_keyspace.model_wrappers.recording import Recorder
+from lmms_keyspace.model_wrappers.prompts import Request, read_requests
+from lmms_keyspace.model_wrappers.recorder import Recorder
 
 
 class KeyspaceVLM(lmms):
@@ -68,7 +69,7 @@ class KeyspaceVLM(lmms):
             raise InputError(
                 "capture", "on", f"capture works in one process, this run has {self.world_size}; give capture=off"
             )
-        read = [read_request(instance, self.task_dict, self.loaded.processor) for instance in requests]
+        read = read_requests(requests, self.task_dict, self.loaded.processor)
         self._recorder.plan(read)
         answers: dict[int, GenerationResult] = {}
         with tqdm(total=len(read), desc=self.keyspace_model_name, unit="doc", disable=self.rank != 0) as progress:
@@ -79,11 +80,14 @@ class KeyspaceVLM(lmms):
         return [answers[index] for index in range(len(read))]
 
     def _answer(self, rows: list[Request], settings: Settings) -> list[GenerationResult]:
-        images = [image for row in rows for image in row.images()]
+        images = [row.images() for row in rows]
         inputs = self.loaded.processor(
-            text=[row.text for row in rows], images=images or None, padding=True, return_tensors="pt"
+            text=[row.text for row in rows],
+            images=[image for shown in images for image in shown] or None,
+            padding=True,
+            return_tensors="pt",
         ).to(self.device, self.loaded.model.dtype)
-        with torch.inference_mode(), self._recorder.batch(rows, inputs):
+        with torch.inference_mode(), self._recorder.batch(rows, images, inputs):
             output = self.loaded.model.generate(**inputs, **settings.arguments, pad_token_id=self._pad_token_id())
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = self.loaded.processor.batch_decode(new, skip_special_tokens=True)
@@ -100,9 +104,8 @@ class KeyspaceVLM(lmms):
 
     def clean(self) -> None:
         """lmms-eval calls this after the last request: measure while the keys are held, hand over, free the model."""
-        data = self._recorder.finish()
-        if data is not None:
-            harness.hand_over(data, self.arguments.keys_dir)
+        if self._recorder.observed.tasks:
+            harness.hand_over(assemble(self._recorder.observed), self.arguments.keys_dir)
         del self._recorder, self.loaded
         super().clean()
 

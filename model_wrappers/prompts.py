@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lmms_eval.api.instance import Instance
@@ -27,14 +27,27 @@ class Request:
     text: str  # the chat template's output, one placeholder per image
     content: tuple[str, ...]  # the messages' own text parts, in order
     generation_kwargs: Mapping[str, Any]
-    counted: bool  # False for the harness's padding clones
+    counted: bool  # False for the harness's padding clones and for repeats of a request
     messages: Callable[[], ChatMessages]
 
     def images(self) -> list[Any]:
         return list(self.messages().extract_media()[0])
 
 
-def read_request(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> Request:
+def read_requests(instances: Sequence[Instance], datasets: Mapping[str, Any], processor: Any) -> list[Request]:
+    """Read chat requests of lmms-eval, in order; see `_read`."""
+    seen: set[tuple[str, int]] = set()
+    requests = []
+    for instance in instances:
+        request = _read(instance, datasets, processor)
+        name = (request.task, request.doc_id)
+        requests.append(replace(request, counted=request.counted and name not in seen))
+        if request.counted:
+            seen.add(name)
+    return requests
+
+
+def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> Request:
     """Read one chat request of lmms-eval.
 
     A task's metadata may hold a `keyspace` block that names document fields: `cluster`, `condition`, and `segments`

@@ -13,6 +13,7 @@ from lmms_keyspace.model_wrappers.generation import DEFAULT_NEW_TOKENS, batches,
 class FakeRequest:
     text: str
     generation_kwargs: dict = field(default_factory=dict)
+    counted: bool = True
 
 
 def test_greedy_is_the_default():
@@ -52,16 +53,18 @@ def test_an_answer_ends_at_the_first_mark():
 
 @given(
     st.lists(
-        st.tuples(st.text(max_size=9), st.sampled_from([{}, {"max_new_tokens": 3}, {"until": ["a"]}])), max_size=40
+        st.tuples(st.text(max_size=9), st.sampled_from([{}, {"max_new_tokens": 3}, {"until": ["a"]}]), st.booleans()),
+        max_size=40,
     ),
     st.integers(1, 7),
 )
 def test_batches_hold_every_request_once_with_like_settings(drawn, size):
-    requests = [FakeRequest(text, kwargs) for text, kwargs in drawn]
+    requests = [FakeRequest(text, kwargs, counted) for text, kwargs, counted in drawn]
     cut_up = list(batches(requests, size))
     assert sorted(index for _, members in cut_up for index in members) == list(range(len(requests)))
     for settings, members in cut_up:
         assert 1 <= len(members) <= size
         assert all(settings_of(requests[index].generation_kwargs) == settings for index in members)
+        assert len({requests[index].counted for index in members}) == 1
         lengths = [len(requests[index].text) for index in members]
         assert lengths == sorted(lengths, reverse=True)

@@ -1,0 +1,48 @@
+"""What is known of a run while it goes on: filled by the recorder, read at the end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from lmms_keyspace.capture import Capture
+from lmms_keyspace.families import Decoder
+from lmms_keyspace.model_wrappers.arguments import Arguments
+from lmms_keyspace.model_wrappers.loading import Loaded
+from lmms_keyspace.tokens import Prompt
+
+
+@dataclass
+class ObservedTask:
+    """One task: its prompts in document order, the sampled clusters, and counts over the captured rows."""
+
+    prompts: dict[int, Prompt]
+    chosen: frozenset[str]
+    generator: str | None
+    cluster_field: str | None
+    rows_captured: int = 0
+    token_counts: Counter[str] = field(default_factory=Counter)  # prompt tokens by label
+    image_tokens: Counter[str] = field(default_factory=Counter)  # image tokens of a prompt -> prompts
+
+    def rows_selected(self) -> int:
+        return sum(prompt.cluster in self.chosen for prompt in self.prompts.values())
+
+    def conditions(self) -> list[str]:
+        return sorted({prompt.condition for prompt in self.prompts.values()})
+
+
+@dataclass
+class Observed:
+    """One run."""
+
+    loaded: Loaded
+    arguments: Arguments
+    model_name: str
+    decoder: Decoder
+    capture: Capture | None
+    tasks: dict[str, ObservedTask] = field(default_factory=dict)
+
+    @property
+    def second_pass(self) -> bool:
+        """Whether sampled documents pass once more with the adapter disabled; a base model is its own reference."""
+        return self.loaded.adapter is not None and self.arguments.reference == "self"

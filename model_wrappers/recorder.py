@@ -1,0 +1,141 @@
+"""Watch one run: label the prompts, draw the sample, observe every batch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from loguru import logger
+
+from lmms_keyspace.capture import Capture, Row
+from lmms_keyspace.errors import InputError
+from lmms_keyspace.families import decoder_sites
+from lmms_keyspace.model_wrappers.arguments import Arguments
+from lmms_keyspace.model_wrappers.loading import Loaded
+from lmms_keyspace.model_wrappers.observed import Observed, ObservedTask
+from lmms_keyspace.model_wrappers.prompts import Request
+from lmms_keyspace.records import VISUAL
+from lmms_keyspace.sampling import Sampler
+from lmms_keyspace.tokens import Labeler, Prompt
+
+_NO_POSITIONS = np.empty(0, np.int64)
+
+
+class Recorder:
+    """Fills `observed`: `plan` takes all requests before the first forward pass, `batch` wraps every `generate`."""
+
+    def __init__(self, loaded: Loaded, arguments: Arguments, *, model_name: str) -> None:
+        decoder = decoder_sites(loaded.model)
+        capture = None
+        if arguments.capture:
+            layers = arguments.layers if arguments.layers is not None else "all"
+            capture = Capture(loaded.model, decoder, spaces=arguments.spaces, layers=layers)
+        self.observed = Observed(loaded, arguments, model_name, decoder, capture)
+        self._sampler = Sampler(
+            seed=arguments.seed, clusters=arguments.capture_clusters, tokens=arguments.capture_tokens
+        )
+        self._labeler = Labeler(loaded.processor.tokenizer, decoder.image_token_id)
+
+    def plan(self, requests: Sequence[Request]) -> None:
+        """Label every prompt and draw the sample, from all requests at once, and say what memory it will take.
+
+        Raises:
+            InputError: a task's prompts come in pieces, so that labels would depend on how the run was cut.
+        """
+        by_task: dict[str, dict[int, Request]] = defaultdict(dict)
+        for request in requests:
+            if request.counted:
+                by_task[request.task].setdefault(request.doc_id, request)
+        tasks, capture = self.observed.tasks, self.observed.capture
+        again = sorted(tasks.keys() & by_task.keys())
+        if again and capture is not None:
+            raise InputError("capture", "on", f"the prompts of {again[0]} come in several calls; give capture=off")
+        for name, members in by_task.items():
+            prompts = {
+                doc_id: Prompt(
+                    task=name,
+                    doc_id=doc_id,
+                    cluster=request.cluster,
+                    condition=request.condition,
+                    text=request.text,
+                    segments=request.segments,
+                    content=request.content,
+                )
+                for doc_id, request in sorted(members.items())
+            }
+            first = next(iter(members.values()))
+            tasks[name] = ObservedTask(
+                prompts=prompts,
+                chosen=self._sampler.choose_clusters(name, [prompt.cluster for prompt in prompts.values()]),
+                generator=first.generator,
+                cluster_field=first.cluster_field,
+            )
+        if capture is None:
+            return
+        self._labeler.fit([prompt for task in tasks.values() for prompt in task.prompts.values()])
+        for name, note in self._labeler.notes.items():
+            logger.warning(f"{name}: {note}")
+        selected = sum(task.rows_selected() for task in tasks.values())
+        memory = capture.memory_estimate(
+            selected,
+            documents=sum(len(task.prompts) for task in tasks.values()),
+            tokens=self.observed.arguments.capture_tokens,
+            reference=self.observed.second_pass,
+        )
+        logger.info(
+            f"capture: {selected} documents of {len(tasks)} task(s), layers {capture.layers}, "
+            f"at most {memory / 1e6:.1f} MB on {self.observed.loaded.device}"
+        )
+
+    @contextlib.contextmanager
+    def batch(self, requests: Sequence[Request], images: Sequence[list[Any]], inputs: Any) -> Iterator[None]:
+        """Observe the `generate` call in the body; afterwards pass once more without the adapter where asked.
+
+        Args:
+            requests: row i of the batch answers `requests[i]`; all of them are counted or none is.
+            images: and shows `images[i]`.
+            inputs: the processor's output on the model's device, left padded.
+        """
+        capture = self.observed.capture
+        if capture is None or not requests[0].counted:
+            yield
+            return
+        rows = self._rows(requests, images, inputs)
+        with capture.batch(rows):
+            yield
+        for row in rows:
+            self.observed.tasks[row.prompt.task].rows_captured += bool(len(row.positions))
+        if self.observed.second_pass and any(len(row.positions) for row in rows):
+            with capture.reference_batch(rows):
+                self.observed.loaded.model(**inputs, use_cache=False)
+
+    def _rows(self, requests: Sequence[Request], images: Sequence[list[Any]], inputs: Any) -> list[Row]:
+        grids = self.observed.decoder.image_grids(inputs)  # of all images of the batch, in order
+        next_image = 0
+        rows = []
+        for index, (request, shown) in enumerate(zip(requests, images, strict=True)):
+            task = self.observed.tasks[request.task]
+            prompt = task.prompts[request.doc_id]
+            ids = inputs["input_ids"][index][inputs["attention_mask"][index].bool()].cpu().numpy()
+            row_grids = grids[next_image : next_image + len(shown)] if grids is not None else None
+            next_image += len(shown)
+            labels = self._labeler.label(prompt, ids, row_grids)
+            positions = _NO_POSITIONS
+            if prompt.cluster in task.chosen:
+                positions = self._sampler.choose_positions(request.task, prompt.cluster, labels)
+                prompt = replace(prompt, image_shas=tuple(_image_sha(image) for image in shown))
+                counts = labels.counts()
+                task.token_counts.update(counts)
+                task.image_tokens[str(counts.get(VISUAL, 0))] += 1
+            rows.append(Row(prompt, ids, labels, positions))
+        return rows
+
+
+def _image_sha(image: Any) -> str:
+    rgb = image.convert("RGB")
+    return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
