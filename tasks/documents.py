@@ -133,9 +133,8 @@ def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _family_groups(family: str, n: int, space: str) -> list[Group]:
     pool = scenes.POOLS[family]
-    order = scenes.rng(space, "textbias", "order", family)
-    letters = _blocks(list(permutations(range(len(LETTERS)), 2)), n, order)
-    templates = _blocks(list(range(scenes.N_TEMPLATES)), n, order)
+    letters = _blocks(list(permutations(range(len(LETTERS)), 2)), n, scenes.rng(space, "textbias", "letters", family))
+    templates = _blocks(list(range(scenes.N_TEMPLATES)), n, scenes.rng(space, "textbias", "templates", family))
     groups = []
     for i in range(n):
         item = _item_with(pool[i % len(pool)], family, i, space)

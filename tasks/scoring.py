@@ -16,11 +16,12 @@ from lmms_keyspace.tasks.metrics import ACCURACY_OF, METRIC_KEYS, Row
 
 _NUMERALS = {"1": "one", "2": "two", "3": "three", "4": "four"}
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
-_EDGES = " \t\n\r.,;:!?\"'`*"
 _LETTER = "".join(LETTERS)
 _BARE_LETTER = re.compile(rf"[(\[]?([{_LETTER}{_LETTER.lower()}])[)\]]?[.:,)]*")
 _LETTER_AND_TEXT = re.compile(rf"(?:[(\[]([{_LETTER}])[)\]]|([{_LETTER}])[.:)])\s*(.+)", re.DOTALL)
-_LETTER_IN_PROSE = re.compile(rf"\b(?:answer|option|letter)(?:\s+is)?:?\s+[(\[]?([{_LETTER}])\b", re.IGNORECASE)
+_LETTER_IN_PROSE = re.compile(rf"\b(?i:answer|option|letter)(?:\s+is)?:?\s+[(\[]?([{_LETTER}])\b")
+# "A" before a word is taken for the article.
+_OTHER_LETTER = re.compile(rf"\b([{_LETTER}])\b(?!\s+\w)")
 
 
 def parse_word(response: str, pool: Sequence[str]) -> str | None:
@@ -31,7 +32,7 @@ def parse_word(response: str, pool: Sequence[str]) -> str | None:
     """
     reply = response.strip()
     sentence = _SENTENCE_END.split(reply, maxsplit=1)[0] if reply else ""
-    words = (word.strip(_EDGES) for word in re.findall(r"\w+", sentence.casefold()))
+    words = re.findall(r"\w+", sentence.casefold())
     named = {word if word in pool else _NUMERALS.get(word) for word in words}
     answers = named.intersection(pool)
     return answers.pop() if len(answers) == 1 else None
@@ -49,11 +50,12 @@ def parse_letter(response: str, options: Sequence[str]) -> str | None:
         return _option(whole[1], options)
     both = _LETTER_AND_TEXT.match(reply)
     if both:
-        option = _option(both[1] or both[2], options)
-        said = {word for word in re.findall(r"\w+", both[3].casefold()) if word in options}
-        return option if said <= {option} else None
+        letter = both[1] or both[2]
+        option = _option(letter, options)
+        words = {word for word in re.findall(r"\w+", both[3].casefold()) if word in options}
+        return option if words <= {option} and set(_OTHER_LETTER.findall(both[3])) <= {letter} else None
     sentence = _SENTENCE_END.split(reply, maxsplit=1)[0] if reply else ""
-    letters = {letter.upper() for letter in _LETTER_IN_PROSE.findall(sentence)}
+    letters = set(_LETTER_IN_PROSE.findall(sentence))
     return _option(letters.pop(), options) if len(letters) == 1 else None
 
 
@@ -80,16 +82,8 @@ def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, An
         # With a `score` the harness adds its own clustered standard error: only where that mean is the metric.
         items[ACCURACY_OF[doc["condition"]]] = row.fields() | {"score": correct}
     kept = ("image_sha", "gold", "lure", "question", "context")
-    return (
-        row.fields()
-        | {k: doc[k] for k in kept}
-        | {
-            "response": results[0],
-            "correct": correct,
-            "score": correct,
-        }
-        | items
-    )
+    reply = {"response": results[0], "correct": correct, "score": correct}
+    return row.fields() | {field: doc[field] for field in kept} | reply | items
 
 
 def _option(letter: str, options: Sequence[str]) -> str | None:

@@ -179,7 +179,8 @@ def test_letters_of_gold() -> None:
     expect(results, clean_acc=1, conflict_acc=1, parse_fail=0, groups=10)
     assert all(sample["target"] == sample["response"] for sample in samples)
     text = model.turns["color-000/clean"][-1]["text"]
-    assert text.startswith("What color is the object?\nA. ") and text.endswith("Answer with the letter of the option.")
+    assert text.startswith("What color is the object?\nA. ")
+    assert text.endswith("Answer with the letter of the option.")
 
 
 def test_garbage() -> None:
@@ -207,7 +208,8 @@ def test_what_the_model_is_sent(always_gold) -> None:
         assert len({pixels[name] for name in ("clean", "match", "conflict", "irrelevant")}) == 1
         assert pixels["blank"] == scenes.blank().tobytes() != pixels["clean"]
         texts = {name: content[-1]["text"] for name, content in sent.items()}
-        assert texts["blank"] == texts["clean"] and texts["text_only_conflict"] == texts["conflict"]
+        assert texts["blank"] == texts["clean"]
+        assert texts["text_only_conflict"] == texts["conflict"]
 
 
 def test_samples_hold_what_a_report_needs(always_gold) -> None:
