@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,7 +87,7 @@ class Row:
 
     def fields(self) -> dict[str, Any]:
         """The fields as a dictionary."""
-        return asdict(self)
+        return dict(vars(self))
 
 
 def row_of(sample: Mapping[str, Any]) -> Row:
@@ -112,7 +112,7 @@ def summarize(rows: Iterable[Row | Mapping[str, Any]]) -> dict[str, Metric]:
         InputError: an unknown outcome, or two rows for one group and condition.
     """
     frame = pd.DataFrame(
-        [asdict(row if isinstance(row, Row) else row_of(row)) for row in rows], columns=[f.name for f in fields(Row)]
+        [vars(row if isinstance(row, Row) else row_of(row)) for row in rows], columns=[f.name for f in fields(Row)]
     )
     found = outcomes.outcomes_by_group(frame)
     groups, dropped = found.outcomes, found.dropped
