@@ -58,7 +58,8 @@ class JSClassifier:
         ceiling: share of ln 2 above which `at_ceiling` is set.
         n_resamples: bootstrap draws of groups for the interval.
         tolerance: largest gradient entry at which Newton's iteration stops.
-        max_iterations: of Newton's method; reaching it without the tolerance is an error, never a silent bad fit.
+        max_iterations: of Newton's method. Without the tolerance by then, single precision is repeated in double, and
+            double is an error, never a silent bad fit.
     """
 
     folds: int = 5
@@ -147,7 +148,7 @@ class JSClassifier:
         mean = features.mean(dim=1, keepdim=True)
         deviation = features.std(dim=1, keepdim=True, correction=0)
         # A feature that is constant but for rounding must not have its rounding blown up.
-        scale = torch.where(deviation > 1e-6 * deviation.amax(dim=-1, keepdim=True), deviation, 1.0)
+        scale = torch.where(deviation > 1e-9 * deviation.amax(dim=-1, keepdim=True), deviation, 1.0)
         z = torch.cat([(features - mean) / scale, torch.ones_like(features[..., :1])], dim=-1)
         penalty = torch.full_like(z[0, 0], self.l2)
         penalty[-1] = 0
@@ -178,6 +179,9 @@ class JSClassifier:
                     break
                 length = torch.where(worse, length / 2, length)
             w, current = w - length.unsqueeze(-1) * step, trial
+        if features.dtype == torch.float32:  # rounding can stall it on extreme outliers
+            weight, bias = self._fit(features.double(), is_x)
+            return weight.to(features.dtype), bias.to(features.dtype)
         raise RuntimeError(f"logistic regression did not converge in {self.max_iterations} Newton steps")
 
 

@@ -145,6 +145,15 @@ def test_outliers_constant_features_and_single_precision(offset):
     np.testing.assert_allclose(single, double, atol=2e-3)
 
 
+def test_a_fit_that_single_precision_cannot_finish_is_repeated_in_double():
+    x, y, groups = clouds(6, 2, 20, 16, 6, shift=1.0)
+    strict = JSClassifier(tolerance=1e-12)
+    single = strict(x.astype(np.float32), y.astype(np.float32), groups_x=groups, groups_y=groups).value
+    np.testing.assert_allclose(single, strict(x, y, groups_x=groups, groups_y=groups).value, atol=1e-6)
+    with pytest.raises(RuntimeError, match="did not converge in 1 Newton"):
+        JSClassifier(max_iterations=1)(x, y, groups_x=groups, groups_y=groups)
+
+
 def test_constant_keys_of_one_kind_tell_nothing():
     keys = np.ones((2, 40, 4))
     groups = np.repeat(range(10), 4)

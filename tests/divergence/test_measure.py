@@ -161,3 +161,4 @@ def test_bandwidths_are_per_layer_and_head():
     bandwidths = reference_bandwidths(wide, wide)
     assert {layer: b.shape for layer, b in bandwidths.items()} == {0: (2,), 3: (2,)}
     assert bandwidths[0][1] / bandwidths[0][0] == pytest.approx(9, rel=0.2)
+    assert {layer: b.shape for layer, b in reference_bandwidths({}, TEXT).items()} == {0: (2,), 3: (2,)}
