@@ -5,10 +5,11 @@ states. One `ModalityMask` per tuned model closes that gap: a forward pre-hook o
 layers look the mask up.
 
 Rules:
-- A token is visual when its id is an image (or video) placeholder of the model's config *and* the call carries pixels.
-  Without pixels no image feature enters the sequence, so every token is text: a decoding step with a key-value cache,
-  and a text-only prompt. Padding is text; attention ignores it.
-- A call that carries pixels but has no placeholder is an error, as is a call by `inputs_embeds` alone, where nothing
+- A token is visual when its id is an image (or video) placeholder of the model's config. Padding is text; attention
+  ignores it.
+- A call that continues a key-value cache without bringing images is a decoding step: its tokens are text, even if the
+  model emitted the placeholder's id.
+- A call that brings images but has no placeholder is an error, as is a call by `inputs_embeds` alone, where nothing
   says which token is visual; `modality_mask` gives the mask by hand there.
 """
 
@@ -26,9 +27,11 @@ from transformers import PreTrainedModel
 
 from lmms_keyspace.errors import InputError
 
-# Placeholder ids in a model's config, and the arguments of `forward` that bring pixels for them.
+# Placeholder ids in a model's config, and the arguments of `forward` that bring images for them. `generate` encodes
+# the pixels once and passes `mm_encoder_outputs`, which is empty for a text-only prompt.
 PLACEHOLDER_IDS = ("image_token_id", "video_token_id")
 PIXEL_ARGUMENTS = ("pixel_values", "pixel_values_videos")
+ENCODED_IMAGES = "mm_encoder_outputs"
 
 
 def visual_token_ids(config: Any) -> tuple[int, ...]:
@@ -139,14 +142,16 @@ class ModalityMask:
         input_ids = call.get("input_ids")
         if input_ids is None:
             return self._given  # None without `modality_mask`: the first adapted layer says so, if one is switched on
-        if all(call.get(name) is None for name in PIXEL_ARGUMENTS):
+        brings_images = bool(call.get(ENCODED_IMAGES)) or any(call.get(name) is not None for name in PIXEL_ARGUMENTS)
+        cache = call.get("past_key_values")
+        if not brings_images and cache is not None and cache.get_seq_length() > 0:
             return torch.zeros_like(input_ids, dtype=torch.bool)
         mask = torch.isin(input_ids, torch.tensor(self.token_ids, device=input_ids.device))
-        if not mask.any():
+        if brings_images and not mask.any():
             raise InputError(
                 "input_ids",
                 tuple(input_ids.shape),
-                f"the call carries pixels but no token is a visual placeholder (ids {self.token_ids}); build the "
+                f"the call brings images but no token is a visual placeholder (ids {self.token_ids}); build the "
                 "prompt with the model's own processor.",
             )
         return mask
