@@ -1,0 +1,236 @@
+"""The wrapper on the bundled model, through lmms-eval's evaluator."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from evaluation import answers, evaluate, run_of
+from transformers import GenerationMixin
+
+from lmms_keyspace import embedded
+from lmms_keyspace.errors import InputError
+from lmms_keyspace.records import SCHEMA_VERSION
+
+LIMIT = 48
+
+
+@pytest.fixture(scope="module")
+def batch_of_8(tmp_path_factory):
+    out = tmp_path_factory.mktemp("batch8")
+    results = evaluate("keyspace_llava", limit=LIMIT, batch_size=8, model_args=f"keep_keys=on,keys_dir={out}")
+    return results, run_of(out)
+
+
+@pytest.fixture(scope="module")
+def batch_of_1(tmp_path_factory):
+    out = tmp_path_factory.mktemp("batch1")
+    results = evaluate("keyspace_llava", limit=LIMIT, batch_size=1, model_args=f"keep_keys=on,keys_dir={out}")
+    return results, run_of(out)
+
+
+def test_same_answers_as_the_stock_wrapper():
+    ours = answers(evaluate("keyspace_llava", limit=200, batch_size=8))
+    stock = answers(
+        evaluate(
+            "llava_hf",
+            limit=200,
+            batch_size=1,
+            model_args=f"pretrained={embedded.base_path()},device=cpu,device_map=cpu,dtype=float32",
+        )
+    )
+    assert len(ours) == 200
+    assert len(set(stock)) >= 8
+    assert ours == stock
+
+
+def test_capture_changes_no_answer(batch_of_8):
+    results, _ = batch_of_8
+    assert answers(evaluate("keyspace_llava", limit=LIMIT, batch_size=8, model_args="capture=off")) == answers(results)
+
+
+def test_the_batch_size_changes_neither_answers_nor_the_sample(batch_of_1, batch_of_8):
+    (results_1, run_1), (results_8, run_8) = batch_of_1, batch_of_8
+    assert answers(results_1) == answers(results_8)
+    # Values differ in the last digits with padding; what was sampled may not.
+    identity = ["task", "doc_id", "position", "modality", "segment", "token_id", "keys_row", "prefix_hash", "image_sha"]
+    assert run_1.data.tokens[identity].equals(run_8.data.tokens[identity])
+    keys_1, keys_8 = (run.data.keys["textbias_probe_quick"] for run in (run_1, run_8))
+    assert sorted(keys_1) == [f"k_pre/{layer}" for layer in range(4)]
+    for name in keys_1:
+        assert np.abs(keys_1[name] - keys_8[name]).max() < 1e-4
+    merged = run_1.data.divergence.merge(
+        run_8.data.divergence, on=["condition", "layer", "head", "contrast", "estimator"], suffixes=("_1", "_8")
+    )
+    mmd2 = merged[merged["estimator"] == "mmd2"]
+    assert len(merged) == len(run_1.data.divergence)
+    assert np.abs(mmd2["value_1"] - mmd2["value_8"]).max() < 1e-4
+
+
+def test_the_record_is_whole_and_counts_what_was_captured(batch_of_8):
+    record = batch_of_8[1].data.record
+    task = record.tasks["textbias_probe_quick"]
+    assert record.complete
+    assert record.schema_version == SCHEMA_VERSION
+    assert (record.pretrained, record.adapter, record.reference) == ("bundled", None, "self")
+    assert (task.documents, task.clusters, task.rows_selected, task.rows_captured) == (LIMIT, 8, LIMIT, LIMIT)
+    assert task.interpretable
+    attention = batch_of_8[1].data.attention
+    assert len(attention) == LIMIT * 4
+    masses = attention[[name for name in attention if name.startswith("mass_")]].sum(axis=1)
+    assert np.allclose(masses, 1, atol=1e-5)
+
+
+def test_the_block_in_the_results_holds_the_tables_estimates(batch_of_8):
+    results, run = batch_of_8
+    table = run.data.divergence
+    row = table[
+        (table["head"] == "all")
+        & (table["layer"] == 2)
+        & (table["condition"] == "clean")
+        & (table["contrast"] == "visual-text")
+        & (table["estimator"] == "mmd2")
+    ]
+    block = results["keyspace"]["divergence"]["textbias_probe_quick"]["clean"]["k_pre visual-text mmd2"]["2"]
+    assert block == pytest.approx(row["value"].item())
+    json.dumps(results["keyspace"])
+
+
+def test_the_sample_is_bounded_and_takes_all_conditions_of_a_cluster(tmp_path):
+    evaluate(
+        "keyspace_llava",
+        limit=LIMIT,
+        batch_size=8,
+        model_args=f"capture_clusters=5,capture_tokens=3,layers=1+3,spaces=k_pre+v,keys_dir={tmp_path}",
+    )
+    run = run_of(tmp_path)
+    tokens = run.data.tokens
+    assert tokens["cluster"].nunique() == 5
+    assert tokens.groupby("cluster")["condition"].nunique().eq(6).all()
+    assert tokens.groupby(["doc_id", "modality"]).size().max() == 3
+    assert sorted(run.data.divergence["layer"].unique()) == [1, 3]
+    assert set(run.data.divergence["space"]) == {"k_pre", "v"}
+    assert run.data.record.tasks["textbias_probe_quick"].rows_captured == 30
+
+
+def test_an_adapter_is_measured_at_the_base_models_bandwidths(tmp_path, batch_of_8):
+    evaluate("malora_llava", limit=LIMIT, batch_size=8, model_args=f"keys_dir={tmp_path}")
+    run = run_of(tmp_path)
+    record, base = run.data.record, batch_of_8[1].data.record
+    assert (record.adapter, record.adapter_method, record.reference) == ("bundled/malora", "MALORA", "self")
+    for layer, values in base.bandwidths["textbias_probe_quick"]["k_pre"].items():
+        assert record.bandwidths["textbias_probe_quick"]["k_pre"][layer] == pytest.approx(values, rel=1e-4)
+    # The base keys saved beside the adapted ones are those of the base run at the same tokens.
+    base_keys = batch_of_8[1].data.keys["textbias_probe_quick"]["k_pre/3"]
+    ours = run.data.keys["textbias_probe_quick"]
+    both = run.data.tokens.merge(
+        batch_of_8[1].data.tokens, on=["doc_id", "position"], suffixes=("", "_base"), validate="one_to_one"
+    )
+    kept = both[both["keys_row"] >= 0]
+    assert len(both) == len(run.data.tokens)
+    assert np.abs(ours["k_pre/3/base"][kept["keys_row"]] - base_keys[kept["keys_row_base"]]).max() < 1e-4
+    assert np.abs(ours["k_pre/3"] - ours["k_pre/3/base"]).max() > 0.01
+
+
+def test_without_a_reference_an_adapted_run_says_so(tmp_path):
+    results = evaluate("malora_llava", limit=LIMIT, batch_size=8, model_args=f"reference=none,keys_dir={tmp_path}")
+    assert results["keyspace"]["reference"] == "not comparable across runs"
+    assert run_of(tmp_path).data.record.reference == "none"
+
+
+def test_capture_off_saves_the_record_and_no_tables(tmp_path):
+    results = evaluate("keyspace_llava", limit=12, batch_size=8, model_args=f"capture=off,keys_dir={tmp_path}")
+    data = run_of(tmp_path).data
+    assert data.record.complete
+    assert not data.record.capture
+    assert data.divergence.empty
+    assert data.attention.empty
+    assert not data.gram
+    assert results["keyspace"]["divergence"] == {}
+
+
+def test_repeats_are_answered_and_captured_once(tmp_path):
+    results = evaluate("keyspace_llava", limit=24, batch_size=8, repeats=2, model_args=f"keys_dir={tmp_path}")
+    samples = results["samples"]["textbias_probe_quick"]
+    assert len(samples) == 24
+    assert run_of(tmp_path).data.record.tasks["textbias_probe_quick"].rows_captured == 24
+
+
+def test_half_precision_runs(tmp_path):
+    evaluate("malora_llava", limit=24, batch_size=8, model_args=f"dtype=bfloat16,keys_dir={tmp_path}")
+    data = run_of(tmp_path).data
+    assert data.record.dtype == "bfloat16"
+    assert np.isfinite(data.divergence["value"]).all()
+
+
+def test_an_error_of_generate_is_not_swallowed(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("the model broke")
+
+    monkeypatch.setattr(GenerationMixin, "generate", broken)
+    with pytest.raises(RuntimeError, match="the model broke"):
+        evaluate("keyspace_llava", limit=6)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Reading weights fails the test: these errors come before."""
+    from transformers import AutoModelForImageTextToText
+
+    def too_late(*args, **kwargs):
+        pytest.fail("the model was loaded before the argument was refused")
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", too_late)
+
+
+@pytest.mark.parametrize(
+    ("model", "model_args", "says"),
+    [
+        ("keyspace_vlm", "pretrained=/no/such/model", "pretrained='/no/such/model'.*neither a folder nor a hub id"),
+        ("malora_llava", f"pretrained={embedded.base_path()}", "peft=None.*--model keyspace_vlm"),
+        ("keyspace_vlm", "capture_cluster=9", "did you mean capture_clusters"),
+        ("keyspace_vlm", "capture_clusters=-1", "capture_clusters=-1.*at least 4"),
+        ("keyspace_vlm", "layers=0+9", "layers=9.*layers 0 to 3"),
+        ("keyspace_vlm", "device=cuda:99", "device='cuda:99'"),
+        ("keyspace_qwen2_5_vl", "", "pretrained=None.*needs a model"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_model_loads(no_weights, model, model_args, says):
+    with pytest.raises(InputError, match=says):
+        evaluate(model, limit=6, model_args=model_args)
+
+
+def adapter(tmp_path, **changes):
+    """A copy of the bundled MaLoRA adapter with another config or other tensors."""
+    from safetensors.torch import load_file, save_file
+
+    source = embedded.adapter_path("malora")
+    config = json.loads((source / "adapter_config.json").read_text())
+    tensors = load_file(source / "adapter_model.safetensors")
+    if "r" in changes:
+        config["r"] = changes["r"]
+    if "layer" in changes:
+        tensors = {name.replace("layers.3.", f"layers.{changes['layer']}."): value for name, value in tensors.items()}
+    if "width" in changes:
+        tensors = {
+            name: torch.zeros(value.shape[0], changes["width"]) if "malora_A" in name else value
+            for name, value in tensors.items()
+        }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("changes", [{"r": 99}, {"layer": 31}, {"width": 4096}])
+def test_an_adapter_of_another_model_or_rank_is_refused_before_the_model_loads(no_weights, tmp_path, changes):
+    folder = adapter(tmp_path, **changes)
+    with pytest.raises(InputError, match=f"peft='{folder}'|peft="):
+        evaluate("malora_llava", limit=6, model_args=f"peft={folder}")
+
+
+def test_capture_in_several_processes_is_refused(monkeypatch):
+    from lmms_keyspace.model_wrappers.keyspace_vlm import KeyspaceVLM
+
+    monkeypatch.setattr(KeyspaceVLM, "world_size", 2)
+    with pytest.raises(InputError, match="capture=off"):
+        evaluate("keyspace_llava", limit=6)
