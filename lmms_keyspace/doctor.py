@@ -30,8 +30,8 @@ def examine() -> list[Finding]:
         ("versions", _versions),
         ("models", _models),
         ("hooks", _hooks),
-        *((f"task {path.stem}", lambda path=path: _task(path)) for path in _task_files()),  # type: ignore[misc]
-        *((f"bundled {name}", lambda folder=folder: _weights(folder)) for name, folder in _bundled().items()),  # type: ignore[misc]
+        *((f"task {path.stem}", lambda path=path: _task(path)) for path in _task_files()),
+        *((f"bundled {name}", lambda folder=folder: _weights(folder)) for name, folder in _bundled().items()),
     ]
     return [_finding(subject, check) for subject, check in checks]
 
