@@ -26,13 +26,13 @@ class CaptureError(RuntimeError):
     """What the hooks saw is not what was announced; nothing of the batch can be trusted."""
 
 
-class LayerView(NamedTuple):
-    """One layer's last prompt token, means over heads; every array is `[B, P]` float32, zero on padding."""
+class LastQueries(NamedTuple):
+    """What the last prompt token sees, means over heads; every array is `[layers, B, P]` float32, zero on padding."""
 
-    mass: np.ndarray
-    scores: np.ndarray
-    visible: np.ndarray
-    key_norms: np.ndarray
+    mass: np.ndarray  # attention weights
+    scores: np.ndarray  # scaled q.k
+    visible: np.ndarray  # 1 where the mask lets it look, else 0
+    key_norms: np.ndarray  # Euclidean norm of k_pre
 
 
 class _Span(NamedTuple):
@@ -141,21 +141,16 @@ class Recording:
         mean = np.mean([self._layer_norms(site.layer) for site in self._sites], axis=0)
         return np.asarray(mean[self._row, self._column])
 
-    def last_queries(self) -> list[LayerView]:
-        """Per site, what the last prompt token of each row saw."""
-        views = []
-        for site in self._sites:
-            last = self._last[site.layer]
-            visible = self._own if last.visible is None else self._own & self._aligned(last.visible)
-            views.append(
-                LayerView(
-                    mass=self._aligned(last.mass) * self._own,
-                    scores=self._aligned(last.scores) * self._own,
-                    visible=visible.astype(np.float32),
-                    key_norms=self._layer_norms(site.layer) * self._own,
-                )
-            )
-        return views
+    def last_queries(self) -> LastQueries:
+        """What the last prompt token of each row saw, by site."""
+        seen = [self._last[site.layer] for site in self._sites]
+        visible = [self._own if it.visible is None else self._aligned(it.visible) for it in seen]
+        return LastQueries(
+            mass=np.stack([self._aligned(it.mass) for it in seen]) * self._own,
+            scores=np.stack([self._aligned(it.scores) for it in seen]) * self._own,
+            visible=np.stack(visible).astype(np.float32) * self._own,
+            key_norms=np.stack([self._layer_norms(site.layer) for site in self._sites]) * self._own,
+        )
 
     def padded(self, labels: Sequence[np.ndarray]) -> np.ndarray:
         """Per-row labels `[T]` as one array `[B, P]`, empty strings on padding."""

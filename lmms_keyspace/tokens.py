@@ -64,7 +64,8 @@ class TokenLabels:
 
     Attributes:
         modality: visual | text | boilerplate | special | bos.
-        segment: image | hint | question | options | boilerplate | special.
+        segment: image | hint | question | options | boilerplate | special. The fixed words inside a declared segment
+            belong to it, so that attention to a hint is attention to the whole hint.
         image_index: which image of the prompt, -1 for other tokens. Images side by side whose sizes are unknown all
             carry the first one's index.
         grid_row, grid_column: place in the image's raster of tokens, -1 where unknown.
@@ -266,7 +267,8 @@ class Labeler:
         modality = np.full(encoded.ids.size, TEXT, _WIDTH)
         segment = np.where(encoded.segment == "", _DEFAULT_SEGMENT, encoded.segment).astype(_WIDTH)
         boilerplate = encoded.template | _is_fixed(encoded, self._fixed[task])
-        modality[boilerplate], segment[boilerplate] = BOILERPLATE, "boilerplate"
+        modality[boilerplate] = BOILERPLATE
+        segment[boilerplate & (encoded.segment == "")] = "boilerplate"
         modality[encoded.special], segment[encoded.special] = SPECIAL, "special"
         modality[encoded.ids == self._tokenizer.bos_token_id] = BOS
         visual = encoded.placeholders > 0
