@@ -59,9 +59,11 @@ class Fake(lmms):
         raise NotImplementedError
 
 
-def run(reply: Reply, task: str = "textbias_probe_quick", limit: int | None = None) -> tuple[dict, list[dict], Fake]:
+def run(
+    reply: Reply, task: str = "textbias_probe_quick", limit: int | None = None, fake: type[Fake] = Fake
+) -> tuple[dict[str, Any], list[dict[str, Any]], Fake]:
     """The results of one task without the filter suffix, its samples, and the model."""
-    model = Fake(reply)
+    model = fake(reply)
     out = lmms_eval.simple_evaluate(
         model=model,
         tasks=[task],
@@ -210,6 +212,29 @@ def test_what_the_model_is_sent(always_gold) -> None:
         texts = {name: content[-1]["text"] for name, content in sent.items()}
         assert texts["blank"] == texts["clean"]
         assert texts["text_only_conflict"] == texts["conflict"]
+
+
+class SimpleFake(Fake):
+    """A model of the older kind, as the stock llava_hf: it is given the text and a function for the pictures."""
+
+    is_simple = True
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        replies = []
+        for request in requests:
+            text, _, doc_to_visual, doc_id, task, split = request.args
+            doc = self.task_dict[task][split][doc_id]
+            pictures = [{"type": "image", "url": picture} for picture in doc_to_visual(doc)]
+            self.turns[doc["item_id"]] = [*pictures, {"type": "text", "text": text}]
+            replies.append(self.reply(doc))
+        return replies
+
+
+def test_simple_models_are_sent_the_same(always_gold) -> None:
+    results, _, model = run(lambda doc: doc["gold"], limit=48, fake=SimpleFake)
+    expect(results, clean_acc=1, groups=8)
+    assert model.turns == {item: always_gold[2].turns[item] for item in model.turns}
+    assert len(model.turns) == 48
 
 
 def test_samples_hold_what_a_report_needs(always_gold) -> None:
