@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
@@ -107,11 +107,9 @@ def _read_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
         raise InputError("peft", str(weights), f"it is not a safetensors file ({error}); save it again.") from error
 
 
-def _check_tensors(
-    folder: str, method: str, config: PeftConfig, shapes: dict[str, tuple[int, ...]], text_config: Any
-) -> None:
+def _check_tensors(folder: str, method: str, config: Any, shapes: dict[str, tuple[int, ...]], text_config: Any) -> None:
     n_layers = text_config.num_hidden_layers
-    adapted = set()
+    adapted: dict[str, set[str]] = {}  # module -> endings of its tensors
     for name, shape in shapes.items():
         module, ending = _split(name, method)
         layer = re.search(r"\.layers\.(\d+)\.", module)
@@ -121,7 +119,7 @@ def _check_tensors(
             raise InputError(
                 "peft", folder, f"it adapts layer {layer[1]}, but this model has {n_layers} layers; {_WRONG_MODEL}"
             )
-        adapted.add(module)
+        adapted.setdefault(module, set()).add(ending)
         rank = _rank(config, module)
         sizes = {"r": rank, "2r": 2 * rank, "2": 2} | _widths(module, text_config)
         for axis, (label, size) in enumerate(zip(_SHAPES[method][ending], shape, strict=True)):
@@ -135,15 +133,18 @@ def _check_tensors(
                 )
     if not adapted:
         raise InputError("peft", folder, f"it holds no {method} tensor of a decoder layer; {_WRONG_MODEL}")
-    # The same settings would also adapt these layers of this model, but the file has nothing for them.
-    wanted = {
+    # PEFT would leave weights at random that the settings ask for and the file lacks, with no more than a warning.
+    siblings = {
         re.sub(r"\.layers\.\d+\.", f".layers.{layer}.", module) for module in adapted for layer in range(n_layers)
     }
-    missing = sorted(
-        module for module in wanted - adapted if _MATCHES[method](config, module.removeprefix("base_model.model."))
-    )
-    if missing:
-        raise InputError("peft", folder, f"it has no tensors for {missing[0]!r} of this model; {_WRONG_MODEL}")
+    wanted = adapted.keys() | {
+        module for module in siblings if _MATCHES[method](config, module.removeprefix("base_model.model."))
+    }
+    unused = {"malora_gate_weight"} if method == "MALORA" and config.gate != "token" else set()
+    for module in sorted(wanted):
+        missing = _SHAPES[method].keys() - unused - adapted.get(module, set())
+        if missing:
+            raise InputError("peft", folder, f"it has no {min(missing)} for {module!r} of this model; {_WRONG_MODEL}")
 
 
 _WRONG_MODEL = "give the adapter that was trained on this model, or the model it was trained on."

@@ -69,9 +69,9 @@ def train(
 
     The loss is CE + lambda_mmd(t) * MMD^2 + lambda_gram * Gram, the terms averaged over layers and KV heads. MMD^2
     compares pre-RoPE keys of equally many visual and text tokens of the batch, at most `max_tokens` each, drawn
-    without replacement from tokens that are neither padding nor special; the answer's tokens count as text. Bandwidths
-    come from a calibration pass over the first `calibration_batches` batches with the adapter switched off, and stay.
-    AdamW; the learning rate rises over the warm-up and then follows a cosine to 0.
+    without replacement from tokens that are neither padding nor special; the answer and fixed instructions count as
+    text. Bandwidths come from a calibration pass over the first `calibration_batches` batches with the adapter
+    switched off, and stay. AdamW; the learning rate rises over the warm-up and then follows a cosine to 0.
 
     Args:
         model: from `get_peft_model`; its trainable parameters are trained. Create the adapter under a seed of your own:
