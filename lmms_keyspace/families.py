@@ -186,8 +186,9 @@ def decoder_sites(model: nn.Module) -> Decoder:
 
 def _sites(text_model: nn.Module) -> tuple[KeySite, ...]:
     config: Any = text_model.config
-    layer_types = getattr(config, "layer_types", None)
     layers: Any = text_model.layers
+    window = "sliding" if getattr(config, "sliding_window", None) else "full"  # Mistral: one window for all layers
+    kinds = getattr(config, "layer_types", None) or [window] * len(layers)
     sites = []
     for index, layer in enumerate(layers):
         attention = getattr(layer, "self_attn", None)
@@ -200,7 +201,7 @@ def _sites(text_model: nn.Module) -> tuple[KeySite, ...]:
                 n_heads=config.num_attention_heads,
                 n_kv_heads=config.num_key_value_heads,
                 head_dim=attention.head_dim,
-                layer_type="sliding" if layer_types and layer_types[index] == "sliding_attention" else "full",
+                layer_type="sliding" if kinds[index].startswith("sliding") else "full",
             )
         )
     return tuple(sites)

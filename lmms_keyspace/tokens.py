@@ -218,7 +218,9 @@ class Labeler:
                 votes[anchor].count(ids, 1 / sizes[prompt.cluster])
         fixed = {anchor: majority.fixed_ids() for anchor, majority in votes.items()}
         remarks = []
-        if len(sizes) < MIN_CLUSTERS:
+        if not any(tokens.free.any() for tokens in encoded):
+            remarks.append("no prompt has a text token: image cannot be compared with text")
+        elif len(sizes) < MIN_CLUSTERS:
             remarks.append(
                 f"only {len(sizes)} clusters of documents, fewer than {MIN_CLUSTERS}: fixed instructions could not be "
                 "told from the documents' words and count as text"
@@ -226,8 +228,6 @@ class Labeler:
         elif not any((tokens.free & ~_is_fixed(tokens, fixed)).any() for tokens in encoded):
             fixed = {}
             remarks.append("the words are the same in every document: they count as text")
-        if not any(tokens.free.any() for tokens in encoded):
-            remarks.append("no prompt has a text token: image cannot be compared with text")
         astray = sum(_content_spans(prompt) is None for prompt in prompts)
         if astray:
             remarks.append(f"the user's words were not found in {astray} prompts: their chat template counts as text")

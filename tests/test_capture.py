@@ -12,6 +12,7 @@ import torch
 from adapter_models import EOS, IMAGE, IMAGE_SIZE, IMAGE_TOKENS
 from models import expanded, left_padded, tiny_qwen, tokenizer
 from peft import LoraConfig, get_peft_model
+from transformers import MistralConfig
 
 from lmms_keyspace.capture import Capture, Row
 from lmms_keyspace.errors import InputError
@@ -237,6 +238,42 @@ def test_attention_mass_is_that_of_eager_attention(rows, implementation):
                 assert got["image_over_uniform"] == pytest.approx(got["mass_image"] / uniform, rel=1e-4)
             else:
                 assert np.isnan(got["image_over_uniform"])
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_attention_mass_of_sliding_layers(chunk):
+    """Against eager attention weights; a sliding cache hands over the newest keys only."""
+    config = adapter_models.tiny_llava().config
+    config.text_config = MistralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        sliding_window=8,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = type(adapter_models.tiny_llava())(config).eval()
+    rows = make_rows([prompt for prompt in make_prompts(40) if not prompt.image_shas])
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        weights = model(**llava_inputs(rows), output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    capture = Capture(model, decoder_sites(model), spaces=("k_pre", "k_post", "v"))
+    with capture.batch(rows), torch.inference_mode():
+        model.generate(**llava_inputs(rows), max_new_tokens=2, do_sample=False, prefill_chunk_size=chunk)
+    table = capture.attention_table().set_index(["doc_id", "layer"])
+    assert (table.layer_type == "sliding").all()
+    width = max(row.input_ids.size for row in rows)
+    for line, row in enumerate(rows):
+        last = weights[1][line, :, -1, width - row.input_ids.size :].mean(0).numpy()
+        assert (last > 0).sum() <= 8
+        for segment in SEGMENTS:
+            expected = last[row.labels.segment == segment].sum()
+            assert table.loc[(row.prompt.doc_id, 1), f"mass_{segment}"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_scores_and_key_norms_are_means_over_tokens_and_heads(llava, rows):
