@@ -89,7 +89,7 @@ def _sides(
 def _bandwidths(run: Observed, capture: Capture, task: str, space: str) -> dict[int, np.ndarray]:
     """Squared bandwidths per layer and KV head; empty when the task shows no image or no text."""
     visual, _, text, _ = _sides(capture, task, None, space, reference=run.second_pass)
-    if not all(len(side) for keys in (visual, text) for side in keys.values()):
+    if not any(len(side) for keys in (visual, text) for side in keys.values()):
         return {}
     return divergence.reference_bandwidths(visual, text, seed=run.arguments.seed)
 
