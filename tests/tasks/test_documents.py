@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -210,3 +211,16 @@ def test_nothing_heavy_is_imported() -> None:
         "print({'torch', 'lmms_eval', 'datasets'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_the_guide_shows_a_real_group_and_names_every_metric() -> None:
+    with open(os.path.join(os.path.dirname(__file__), "..", "..", "docs", "probes.md")) as file:
+        guide = file.read()
+    (group,) = [group for group in groups_of(WORD_DOCS) if group["clean"]["group_id"] == "size-000"]
+    for condition, doc in group.items():
+        (line,) = [line for line in guide.splitlines() if line.startswith(f"| `{condition}` |")]
+        assert line.endswith(f"| {doc['prompt'].splitlines()[0]} |")
+        assert {"scene": "the scene", "none": "none", "blank": "plain gray"}[doc["image"]] in line
+    named = set(re.findall(r"`(\w+)`", guide))
+    families = {f"{name}_{family}" for name in ("clean_acc", "valid") for family in scenes.CORE_FAMILIES}
+    assert {*metrics.INTERVAL_METRICS, *metrics.FACTS, metrics.NOT_VALID_FOR} - families <= named

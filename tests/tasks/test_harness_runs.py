@@ -142,7 +142,7 @@ def test_blind_model_that_believes_the_text() -> None:
     expect(
         results,
         clean_acc=12 / 48, blind_acc=12 / 48, irrelevant_acc=12 / 48, vis_gain=0, match_acc=1, conflict_acc=0,
-        text_only_lure=1, text_flip_rate=1, text_flip_rate_n=12, benefit=36 / 48, valid=0,
+        text_only_lure=1, text_flip_rate=1, text_flip_rate_n=12, tpr_label=1, tpr_model=1, benefit=36 / 48, valid=0,
         not_valid_for="color, shape, count, position, size",
         discrimination=0, discrimination_n=36,  # follows true text always and false text always: 1 - 1
         parse_fail=0,
@@ -171,7 +171,7 @@ def test_constant_letter() -> None:
     expect(
         results,
         groups=60, chance=1 / 4, clean_acc=1 / 4, conflict_acc=1 / 4, blind_acc=1 / 4, text_only_lure=1 / 4,
-        text_flip_rate=0, tpr_label=1 / 2, conflict_lure=1 / 4, vis_gain=0, parse_fail=0,
+        text_flip_rate=0, tpr_label=1 / 2, tpr_model=None, conflict_lure=1 / 4, vis_gain=0, parse_fail=0, valid=0,
         vrs=2 * (1 / 4) * (3 / 4) / (1 / 4 + 3 / 4), **{f"clean_acc_{family}": 1 / 4 for family in QUICK_SIZES},
     )  # fmt: skip
 
