@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_models import IMAGE, batch, prompt, tiny_llava
+from models import tiny_qwen
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 
@@ -506,3 +507,51 @@ def test_matched_lora_takes_the_chosen_layers_and_refuses_a_poor_match() -> None
     assert all(".layers.1.self_attn.k_proj." in n for n in names)
     with pytest.raises(InputError, match="larger r"):
         matched_lora_config(MaloraConfig(r=1), tiny_llava(num_key_value_heads=1).config)
+
+
+# Another family: three-axis RoPE, a vision tower with fused projections, packed pixels
+
+
+def qwen_batch() -> dict[str, Tensor]:
+    """Two prompts with an image of 4 x 4 patches, which merge into 4 tokens; the second is padded."""
+    inputs = batch(prompt(61, "image", 62, 10, 11), prompt(61, "image", 62, 12), labels=True)
+    generator = torch.Generator().manual_seed(0)
+    inputs["pixel_values"] = torch.randn(2 * 16, 3 * 2 * 4 * 4, generator=generator)
+    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 2)
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+    return inputs
+
+
+def test_qwen_identity_decoding_and_checkpointing() -> None:
+    inputs = qwen_batch()
+    before = logits(tiny_qwen(), inputs)
+    fresh = get_peft_model(tiny_qwen(), MaloraConfig()).eval()
+    assert len(layers_of(fresh)) == 2
+    assert torch.equal(logits(fresh, inputs), before)
+
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_qwen(), MaloraConfig(r=4, init_weights=False)).eval()
+    assert not torch.equal(logits(model, inputs), before)
+    call = {name: value for name, value in inputs.items() if name != "labels"}
+    out = model.generate(
+        **call,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        do_sample=False,
+        suppress_tokens=[IMAGE, model.config.video_token_id],  # teacher forcing would take them for visual
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    new = out.sequences[:, inputs["input_ids"].shape[1] :]
+    forced = call | {
+        "input_ids": out.sequences,
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(new)], dim=1),
+        "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(new)], dim=1),
+    }
+    expected = logits(model, forced)[:, -5:-1]
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+    plain = gradients(model.train(), inputs)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    for name, gradient in gradients(model, inputs).items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-6)
