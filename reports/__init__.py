@@ -1,6 +1,7 @@
 """The post-processor: turns run folders into what a person reads. No torch, no lmms-eval: it works on files alone."""
 
 from lmms_keyspace.reports.compare import Comparison, compare_runs
+from lmms_keyspace.reports.report import write_report
 from lmms_keyspace.reports.terminal import render_comparison
 
-__all__ = ["Comparison", "compare_runs", "render_comparison"]
+__all__ = ["Comparison", "compare_runs", "render_comparison", "write_report"]

@@ -31,7 +31,7 @@ LAYER_BANDS = ("early", "middle", "late")
 
 def attention_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
     """Attention mass of the last prompt token on image tokens, over all layers and by thirds of the depth."""
-    captured = [(run, _image_mass(run.loaded.data, task)) for run in runs if run.loaded.data]
+    captured = [(run, image_mass(run.loaded.data, task)) for run in runs if run.loaded.data]
     captured = [(run, mass) for run, mass in captured if len(mass)]
     if not captured:
         return
@@ -40,7 +40,7 @@ def attention_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
     if len(layers) >= len(LAYER_BANDS):
         bands |= dict(zip(LAYER_BANDS, (list(part) for part in np.array_split(layers, len(LAYER_BANDS))), strict=True))
     for band, members in bands.items():
-        label = "Attention to the image" + ("" if band == "all" else f", {band} layers")
+        label = "Attention to image" + ("" if band == "all" else f", {band} layers")
         base: pd.DataFrame | None = None
         for run, mass in captured:
             chosen = mass[mass["layer"].isin(members)]
@@ -53,7 +53,7 @@ def attention_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
             base = rows if base is None else base
 
 
-def _image_mass(data: RunData, task: str) -> pd.DataFrame:
+def image_mass(data: RunData, task: str) -> pd.DataFrame:
     table = data.attention
     chosen = (
         (table["task"] == task)
@@ -84,7 +84,7 @@ def mmd2_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
         assert run.loaded.data is not None
         sums = _mean_over_layers(run.loaded.data, task, shared)
         value = float(stats.mmd2_from_sums(sums))
-        row = Row(task, "mmd2", "MMD^2, visual against text keys", MMD2, 0, run.label, len(sums.clusters), value)
+        row = Row(task, "mmd2", "MMD^2, visual and text keys", MMD2, 0, run.label, len(sums.clusters), value)
         row = extended(row, _jackknife, sums)
         if first is None:
             yield row
@@ -164,7 +164,7 @@ def js_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
         row = Row(
             task,
             "js",
-            "JS, visual against text keys",
+            "JS, visual and text keys",
             NATS,
             0,
             run.label,

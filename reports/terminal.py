@@ -17,32 +17,40 @@ _LEGEND = (
 
 
 def render_comparison(comparison: Comparison, console: Console) -> None:
-    """Print one table per task, the warnings and how to read it."""
+    """Print one table per task with its notes below, the warnings and how to read it."""
     table = printed(comparison.table)
     console.print(Text(f"Base: {comparison.runs[0]}"), soft_wrap=True)
     for task, rows in table.groupby("Task", sort=False):
-        shown = _without_repetition(rows.drop(columns="Task"))
+        shown, notes = _without_repetition(rows.drop(columns="Task"))
         if console.is_terminal:
             console.print(_rich(str(task), shown))
         else:
             console.print(Text(f"\n{task}\n{_plain(shown)}"), soft_wrap=True)
+        for mark, note in notes.items():
+            console.print(Text(f"  {mark}: {note}", style="dim"), soft_wrap=True)
     for warning in comparison.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     console.print(Text(_LEGEND, style="dim"), soft_wrap=True)
 
 
-def _without_repetition(rows: pd.DataFrame) -> pd.DataFrame:
-    """A metric is named in its first row only; columns with nothing in them are left out."""
-    shown = rows.assign(Metric=rows["Metric"].where(rows["Metric"] != rows["Metric"].shift(), ""))
-    return shown if rows["Note"].any() else shown.drop(columns="Note")
+def _without_repetition(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
+    """A metric becomes a line above its runs, and a note a letter that is explained below the table."""
+    marks = {note: chr(ord("a") + index) for index, note in enumerate(dict.fromkeys(filter(None, rows["Note"])))}
+    lines = []
+    for metric, of_metric in rows.groupby("Metric", sort=False):
+        lines.append([str(metric), *[""] * (len(rows.columns) - 2)])
+        for row in of_metric.drop(columns="Metric").itertuples(index=False):
+            lines.append([f"  {row[0]}", *row[1:-1], marks.get(row[-1], "")])
+    columns = ["Metric, run", *rows.columns[2:-1], ""]
+    return pd.DataFrame(lines, columns=columns), {mark: note for note, mark in marks.items()}
 
 
 def _rich(title: str, rows: pd.DataFrame) -> Table:
     table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in rows:
-        table.add_column(str(column), overflow="fold")
+        table.add_column(str(column), overflow="fold", no_wrap=column.endswith("[95 %]"))
     for row in rows.itertuples(index=False):
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(cell) for cell in row), style="" if any(row[1:]) else "bold")
     return table
 
 

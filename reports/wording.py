@@ -23,10 +23,10 @@ def number(value: float, unit: str, *, signed: bool = False) -> str:
     return f"{scaled:{'+' if signed and scaled else ''}.{_DECIMALS[unit]}f}"
 
 
-def with_unit(value: float, unit: str) -> str:
+def with_unit(value: float, unit: str, *, signed: bool = False) -> str:
     """For sentences: `12.3 points` of a share, `0.0123` of MMD^2, `0.123 nats`."""
     suffix = {SHARE: " points", MMD2: "", NATS: " nats"}[unit]
-    return number(value, unit) + suffix
+    return number(value, unit, signed=signed) + suffix
 
 
 def interval(low: float, high: float, unit: str, *, signed: bool = False) -> str:
