@@ -22,6 +22,9 @@ from lmms_keyspace.families import Decoder, KeySite, refuse_compiled
 from lmms_keyspace.recording import CaptureError, Recording
 from lmms_keyspace.records import SPACES, TOKEN_COLUMNS
 
+# Bytes in the tables: 14 numbers, 6 references and two strings a token; 18 numbers and 6 references a layer.
+_TOKEN_BYTES = 250
+_ATTENTION_BYTES = 124
 _SAME_TOKEN = ["task", "doc_id", "position"]
 
 
@@ -29,8 +32,8 @@ class Capture:
     """Captures keys of sampled tokens and attention of the last prompt token, batch by batch.
 
     What is held is bounded by the sampler: per selected document at most `tokens` visual and `tokens` text vectors per
-    layer, KV head and space, in the model's dtype on the layer's device, and 16 float32 per document and layer for
-    attention.
+    layer, KV head and space, in the model's dtype on the layer's device, and one table row per document and layer for
+    attention (see `memory_estimate`).
 
     Args:
         model: the model that will be called, a PeftModel if it has an adapter.
@@ -75,21 +78,20 @@ class Capture:
         return set(self._tokens.documents)
 
     def memory_estimate(self, selected: int, documents: int = 0, *, tokens: int = 32, reference: bool = False) -> int:
-        """Upper bound of the bytes held at the end of a run.
+        """Upper bound of the bytes held at the end of a run: vectors on the layers' devices, tables in host memory.
 
         Args:
             selected: documents whose keys are captured.
             documents: documents whose attention is captured.
             tokens: captured tokens per modality and document.
-            reference: whether the base model's keys are held too.
+            reference: whether the base model's vectors are held too.
         """
-        width = 0
-        for site in self._sites:
-            for space in self._spaces:
-                width += (site.n_heads if space == "q" else site.n_kv_heads) * site.head_dim
+        heads = {"q": sum(site.n_heads * site.head_dim for site in self._sites)}
+        kv = sum(site.n_kv_heads * site.head_dim for site in self._sites)
+        width = sum(heads.get(space, kv) for space in self._spaces)
         itemsize = torch.empty(0, dtype=self._decoder.model.dtype).element_size()
-        keys = selected * 2 * tokens * width * itemsize * (2 if reference else 1)
-        return keys + documents * len(self._sites) * 16 * 4
+        vectors = selected * 2 * tokens * (2 if reference else 1)
+        return vectors * (width * itemsize + _TOKEN_BYTES) + documents * len(self._sites) * _ATTENTION_BYTES
 
     @contextmanager
     def batch(self, rows: Sequence[Row]) -> Iterator[None]:

@@ -68,6 +68,7 @@ FAMILIES: Mapping[str, Family] = {
     "llava_onevision": Family("mlp", _no_raster),
     "qwen2_vl": Family("mlp", _merged_raster),
     "qwen2_5_vl": Family("mlp", _merged_raster),
+    "qwen3_vl": Family("mlp", _merged_raster),
 }
 
 # Architectures that have no key space shared by image and text, with the reason.

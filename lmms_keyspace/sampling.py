@@ -72,10 +72,13 @@ class Sampler:
     def choose_positions(self, task: str, cluster: str, labels: TokenLabels) -> np.ndarray:
         """Positions in the unpadded prompt of the visual and text tokens to capture, ascending.
 
-        Visual tokens are drawn by their rank among the prompt's visual tokens, so a condition that puts words before
-        the image is captured at the same patches.
+        Visual tokens are drawn by their rank among the prompt's visual tokens, text tokens by their place among the
+        others. So a condition that puts words before the image is captured at the same patches, and models that spend
+        unequal numbers of tokens on an image at the same words.
         """
-        visual = np.flatnonzero(labels.modality == VISUAL)
-        text = np.flatnonzero(labels.modality == TEXT)
-        ranks = self.choose_tokens(task, cluster, VISUAL, np.arange(visual.size))
-        return np.sort(np.concatenate([visual[ranks], self.choose_tokens(task, cluster, TEXT, text)]))
+        is_visual = labels.modality == VISUAL
+        visual, others = np.flatnonzero(is_visual), np.flatnonzero(~is_visual)
+        text = np.flatnonzero(labels.modality[others] == TEXT)
+        patches = self.choose_tokens(task, cluster, VISUAL, np.arange(visual.size))
+        words = self.choose_tokens(task, cluster, TEXT, text)
+        return np.sort(np.concatenate([visual[patches], others[words]]))

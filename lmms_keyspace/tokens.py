@@ -232,6 +232,7 @@ class Labeler:
         if astray:
             remarks.append(f"the user's words were not found in {astray} prompts: their chat template counts as text")
         self._fixed[task] = fixed
+        self.notes.pop(task, None)
         if remarks:
             self.notes[task] = "; ".join(remarks)
 

@@ -100,6 +100,13 @@ def test_positions_take_the_same_patches_wherever_the_image_stands():
     assert (first[first <= 30] - 1).tolist() == (second[second >= 10] - 10).tolist()
 
 
+def test_positions_take_the_same_words_whatever_an_image_costs():
+    sampler = Sampler(0, tokens=4)
+    small = sampler.choose_positions("t", "c", labels(["bos"] + ["visual"] * 5 + ["text"] * 30))
+    large = sampler.choose_positions("t", "c", labels(["bos"] + ["visual"] * 50 + ["text"] * 30))
+    assert (small[small >= 6] - 6).tolist() == (large[large >= 51] - 51).tolist()
+
+
 def test_positions_leave_out_everything_but_visual_and_text():
     modality = ["bos", "special", "boilerplate", "visual", "visual", "text", "boilerplate", "text"]
     assert Sampler(0).choose_positions("t", "c", labels(modality)).tolist() == [3, 4, 5, 7]
