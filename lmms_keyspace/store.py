@@ -204,7 +204,7 @@ def load_run(files: RunFiles) -> LoadedRun:
 
 
 def read_samples(path: Path) -> pd.DataFrame:
-    """A samples file of lmms-eval, one row per line; invalid UTF-8 becomes U+FFFD.
+    """A samples file of lmms-eval, one row per line; invalid UTF-8 becomes U+FFFD, half a surrogate pair `?`.
 
     Raises InputError naming the file and the line when a line is not a JSON object.
     """
@@ -217,8 +217,13 @@ def read_samples(path: Path) -> pd.DataFrame:
                 raise InputError(f"{path.name}, line {number}", _short(line), _rerun(f"not JSON: {error}")) from error
             if not isinstance(row, dict):
                 raise InputError(f"{path.name}, line {number}", _short(line), _rerun("not a JSON object"))
-            rows.append(row)
+            rows.append({key: _encodable(value) for key, value in row.items()})
     return pd.DataFrame(rows)
+
+
+def _encodable(value: object) -> object:
+    """JSON may name half a surrogate pair, as a cut answer does; a frame of strings cannot hold it."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _frames(data: RunData) -> dict[str, pd.DataFrame]:

@@ -79,7 +79,11 @@ def write(run: FakeRun, root: Path) -> Path:
         "date": run.date,
     }
     (folder / f"{run.date}_results.json").write_text(json.dumps(results))
-    samples.to_json(folder / f"{run.date}_samples_{TASK}.jsonl", orient="records", lines=True, force_ascii=False)
+    rows = samples.assign(answer=samples["answer"].astype(object).where(samples["answer"].notna(), None)).to_dict(
+        "records"
+    )
+    lines = [json.dumps(row | {"response": run.answers.get(int(row["group_id"][1:]), row["response"])}) for row in rows]
+    (folder / f"{run.date}_samples_{TASK}.jsonl").write_text("\n".join(lines) + "\n")
     if run.capture:
         write_run(folder, run.date, _data(run, samples))
     return folder
@@ -120,7 +124,7 @@ def _samples(run: FakeRun) -> pd.DataFrame:
                     "gold": gold,
                     "lure": lure,
                     "answer": answer,
-                    "response": run.answers.get(group, answer or "?"),
+                    "response": answer or "?",
                     "outcome": outcome,
                     "correct": float(outcome == "gold"),
                     "score": float(outcome == "gold"),

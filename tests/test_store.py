@@ -16,7 +16,7 @@ import pytest
 from lmms_keyspace import records
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import GramKey, KernelSums, RunData, RunRecord, TaskRecord
-from lmms_keyspace.store import find_runs, load_run, read_run, write_run
+from lmms_keyspace.store import find_runs, load_run, read_run, read_samples, write_run
 
 DATE = "20260102_030405"
 TASK = "odd/task name"
@@ -281,6 +281,12 @@ def test_a_newer_schema_is_refused(tmp_path, monkeypatch, name):
     (tmp_path / "newer" / f"{DATE}_{name}").replace(tmp_path / f"{DATE}_{name}")
     with pytest.raises(InputError, match="says 7, this version reads 1: upgrade lmms_keyspace"):
         load_run(find_runs(tmp_path / f"{DATE}_results.json")[0])
+
+
+def test_text_that_is_no_unicode_is_read_with_marks(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b'{"answer": "a\\ud800"}\n{"answer": "b\xff"}\n')
+    assert read_samples(path)["answer"].tolist() == ["a?", "b\ufffd"]
 
 
 def test_a_parquet_file_with_other_columns_is_refused(tmp_path):
