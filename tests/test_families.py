@@ -107,11 +107,6 @@ def test_what_is_no_transformers_model_is_refused():
 
 
 def test_a_text_model_is_refused():
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     with pytest.raises(InputError, match="pretrained='llama'"):
-        decoder_sites(
-            LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-                )
-            )
-        )
+        decoder_sites(LlamaForCausalLM(config))
