@@ -10,7 +10,10 @@ from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.tasks import TaskManager
 
 from lmms_keyspace import harness
-from lmms_keyspace.store import LoadedRun, find_runs, load_run
+from lmms_keyspace.records import RunData
+from lmms_keyspace.store import read_run
+
+DATE = "20260101_000000"
 
 
 def evaluate(model: str, out: Path | None = None, **given: Any) -> dict[str, Any]:
@@ -19,12 +22,14 @@ def evaluate(model: str, out: Path | None = None, **given: Any) -> dict[str, Any
     Args:
         model: lmms-eval model name.
         out: output folder; None saves nothing.
-        given: arguments of `simple_evaluate`; `tasks` is `["textbias_probe_quick"]` unless named.
+        given: arguments of `simple_evaluate`; `tasks` is `["textbias_probe_quick"]` unless named. `include_path` names
+            a folder with further tasks.
     """
-    manager = TaskManager(include_path=str(harness.tasks_folder()), include_defaults=False, model_name=model)
+    folders = [str(harness.tasks_folder()), *([str(given.pop("include_path"))] if "include_path" in given else [])]
+    manager = TaskManager(include_path=folders, include_defaults=False, model_name=model)
     tracker = EvaluationTracker(output_path=str(out)) if out is not None else None
     given.setdefault("tasks", ["textbias_probe_quick"])
-    given.setdefault("datetime_str", "20260101_000000")
+    given.setdefault("datetime_str", DATE)
     # The evaluator's attribute is the hooked one, as the command line sees it.
     results = evaluator.simple_evaluate(model=model, task_manager=manager, evaluation_tracker=tracker, **given)
     if tracker is not None:
@@ -35,10 +40,9 @@ def evaluate(model: str, out: Path | None = None, **given: Any) -> dict[str, Any
     return results
 
 
-def run_of(out: Path) -> LoadedRun:
-    """The one run under `out`."""
-    (files,) = find_runs(out)
-    return load_run(files)
+def run_of(folder: Path) -> RunData:
+    """The key-space files that `evaluate` left in `folder` (its `keys_dir`)."""
+    return read_run(folder, DATE)
 
 
 def answers(results: dict[str, Any], task: str = "textbias_probe_quick") -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from evaluation import answers, evaluate, run_of
 from transformers import GenerationMixin
 
-from lmms_keyspace import embedded
+from lmms_keyspace import embedded, harness
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import SCHEMA_VERSION
 
@@ -29,14 +29,40 @@ def batch_of_1(tmp_path_factory):
     return results, run_of(out)
 
 
-def test_same_answers_as_the_stock_wrapper():
-    ours = answers(evaluate("keyspace_llava", limit=200, batch_size=8))
-    stock = answers(
-        evaluate(
-            "llava_hf",
-            limit=200,
-            batch_size=1,
-            model_args=f"pretrained={embedded.base_path()},device=cpu,device_map=cpu,dtype=float32",
+WITH_PICTURE = """
+include: {folder}/textbias_probe/_textbias_probe_template
+task: with_picture
+dataset_kwargs:
+  data_files:
+    test: {folder}/textbias_probe/textbias_probe.jsonl
+process_docs: !function utils.with_picture
+metric_list:
+  - metric: clean_acc
+    aggregation: !function lmms_keyspace.tasks.aggregation.clean_acc
+    higher_is_better: true
+"""
+UTILS = """
+from lmms_keyspace.tasks.documents import process_docs
+
+def with_picture(dataset):
+    return process_docs(dataset).filter(lambda doc: doc["condition"] != "text_only_conflict")
+"""
+
+
+def test_same_answers_as_the_stock_wrapper(tmp_path):
+    """On documents with a picture: the stock chat wrapper cannot run a text-only document under transformers 5."""
+    (tmp_path / "with_picture.yaml").write_text(WITH_PICTURE.format(folder=harness.tasks_folder()))
+    (tmp_path / "utils.py").write_text(UTILS)
+    ours, stock = (
+        answers(
+            evaluate(
+                model, tasks=["with_picture"], include_path=tmp_path, limit=200, batch_size=size, model_args=model_args
+            ),
+            "with_picture",
+        )
+        for model, size, model_args in (
+            ("keyspace_llava", 8, ""),
+            ("llava_hf", 1, f"pretrained={embedded.base_path()},device=cpu,device_map=cpu,dtype=float32"),
         )
     )
     assert len(ours) == 200
@@ -54,28 +80,28 @@ def test_the_batch_size_changes_neither_answers_nor_the_sample(batch_of_1, batch
     assert answers(results_1) == answers(results_8)
     # Values differ in the last digits with padding; what was sampled may not.
     identity = ["task", "doc_id", "position", "modality", "segment", "token_id", "keys_row", "prefix_hash", "image_sha"]
-    assert run_1.data.tokens[identity].equals(run_8.data.tokens[identity])
-    keys_1, keys_8 = (run.data.keys["textbias_probe_quick"] for run in (run_1, run_8))
+    assert run_1.tokens[identity].equals(run_8.tokens[identity])
+    keys_1, keys_8 = (run.keys["textbias_probe_quick"] for run in (run_1, run_8))
     assert sorted(keys_1) == [f"k_pre/{layer}" for layer in range(4)]
     for name in keys_1:
         assert np.abs(keys_1[name] - keys_8[name]).max() < 1e-4
-    merged = run_1.data.divergence.merge(
-        run_8.data.divergence, on=["condition", "layer", "head", "contrast", "estimator"], suffixes=("_1", "_8")
+    merged = run_1.divergence.merge(
+        run_8.divergence, on=["condition", "layer", "head", "contrast", "estimator"], suffixes=("_1", "_8")
     )
     mmd2 = merged[merged["estimator"] == "mmd2"]
-    assert len(merged) == len(run_1.data.divergence)
+    assert len(merged) == len(run_1.divergence)
     assert np.abs(mmd2["value_1"] - mmd2["value_8"]).max() < 1e-4
 
 
 def test_the_record_is_whole_and_counts_what_was_captured(batch_of_8):
-    record = batch_of_8[1].data.record
+    record = batch_of_8[1].record
     task = record.tasks["textbias_probe_quick"]
     assert record.complete
     assert record.schema_version == SCHEMA_VERSION
     assert (record.pretrained, record.adapter, record.reference) == ("bundled", None, "self")
     assert (task.documents, task.clusters, task.rows_selected, task.rows_captured) == (LIMIT, 8, LIMIT, LIMIT)
     assert task.interpretable
-    attention = batch_of_8[1].data.attention
+    attention = batch_of_8[1].attention
     assert len(attention) == LIMIT * 4
     masses = attention[[name for name in attention if name.startswith("mass_")]].sum(axis=1)
     assert np.allclose(masses, 1, atol=1e-5)
@@ -83,7 +109,7 @@ def test_the_record_is_whole_and_counts_what_was_captured(batch_of_8):
 
 def test_the_block_in_the_results_holds_the_tables_estimates(batch_of_8):
     results, run = batch_of_8
-    table = run.data.divergence
+    table = run.divergence
     row = table[
         (table["head"] == "all")
         & (table["layer"] == 2)
@@ -104,30 +130,30 @@ def test_the_sample_is_bounded_and_takes_all_conditions_of_a_cluster(tmp_path):
         model_args=f"capture_clusters=5,capture_tokens=3,layers=1+3,spaces=k_pre+v,keys_dir={tmp_path}",
     )
     run = run_of(tmp_path)
-    tokens = run.data.tokens
+    tokens = run.tokens
     assert tokens["cluster"].nunique() == 5
     assert tokens.groupby("cluster")["condition"].nunique().eq(6).all()
     assert tokens.groupby(["doc_id", "modality"]).size().max() == 3
-    assert sorted(run.data.divergence["layer"].unique()) == [1, 3]
-    assert set(run.data.divergence["space"]) == {"k_pre", "v"}
-    assert run.data.record.tasks["textbias_probe_quick"].rows_captured == 30
+    assert sorted(run.divergence["layer"].unique()) == [1, 3]
+    assert set(run.divergence["space"]) == {"k_pre", "v"}
+    assert run.record.tasks["textbias_probe_quick"].rows_captured == 30
 
 
 def test_an_adapter_is_measured_at_the_base_models_bandwidths(tmp_path, batch_of_8):
     evaluate("malora_llava", limit=LIMIT, batch_size=8, model_args=f"keys_dir={tmp_path}")
     run = run_of(tmp_path)
-    record, base = run.data.record, batch_of_8[1].data.record
+    record, base = run.record, batch_of_8[1].record
     assert (record.adapter, record.adapter_method, record.reference) == ("bundled/malora", "MALORA", "self")
     for layer, values in base.bandwidths["textbias_probe_quick"]["k_pre"].items():
         assert record.bandwidths["textbias_probe_quick"]["k_pre"][layer] == pytest.approx(values, rel=1e-4)
     # The base keys saved beside the adapted ones are those of the base run at the same tokens.
-    base_keys = batch_of_8[1].data.keys["textbias_probe_quick"]["k_pre/3"]
-    ours = run.data.keys["textbias_probe_quick"]
-    both = run.data.tokens.merge(
-        batch_of_8[1].data.tokens, on=["doc_id", "position"], suffixes=("", "_base"), validate="one_to_one"
+    base_keys = batch_of_8[1].keys["textbias_probe_quick"]["k_pre/3"]
+    ours = run.keys["textbias_probe_quick"]
+    both = run.tokens.merge(
+        batch_of_8[1].tokens, on=["doc_id", "position"], suffixes=("", "_base"), validate="one_to_one"
     )
     kept = both[both["keys_row"] >= 0]
-    assert len(both) == len(run.data.tokens)
+    assert len(both) == len(run.tokens)
     assert np.abs(ours["k_pre/3/base"][kept["keys_row"]] - base_keys[kept["keys_row_base"]]).max() < 1e-4
     assert np.abs(ours["k_pre/3"] - ours["k_pre/3/base"]).max() > 0.01
 
@@ -135,12 +161,12 @@ def test_an_adapter_is_measured_at_the_base_models_bandwidths(tmp_path, batch_of
 def test_without_a_reference_an_adapted_run_says_so(tmp_path):
     results = evaluate("malora_llava", limit=LIMIT, batch_size=8, model_args=f"reference=none,keys_dir={tmp_path}")
     assert results["keyspace"]["reference"] == "not comparable across runs"
-    assert run_of(tmp_path).data.record.reference == "none"
+    assert run_of(tmp_path).record.reference == "none"
 
 
 def test_capture_off_saves_the_record_and_no_tables(tmp_path):
     results = evaluate("keyspace_llava", limit=12, batch_size=8, model_args=f"capture=off,keys_dir={tmp_path}")
-    data = run_of(tmp_path).data
+    data = run_of(tmp_path)
     assert data.record.complete
     assert not data.record.capture
     assert data.divergence.empty
@@ -153,12 +179,12 @@ def test_repeats_are_answered_and_captured_once(tmp_path):
     results = evaluate("keyspace_llava", limit=24, batch_size=8, repeats=2, model_args=f"keys_dir={tmp_path}")
     samples = results["samples"]["textbias_probe_quick"]
     assert len(samples) == 24
-    assert run_of(tmp_path).data.record.tasks["textbias_probe_quick"].rows_captured == 24
+    assert run_of(tmp_path).record.tasks["textbias_probe_quick"].rows_captured == 24
 
 
 def test_half_precision_runs(tmp_path):
     evaluate("malora_llava", limit=24, batch_size=8, model_args=f"dtype=bfloat16,keys_dir={tmp_path}")
-    data = run_of(tmp_path).data
+    data = run_of(tmp_path)
     assert data.record.dtype == "bfloat16"
     assert np.isfinite(data.divergence["value"]).all()
 
