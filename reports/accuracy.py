@@ -12,7 +12,7 @@ from lmms_keyspace import stats
 from lmms_keyspace.outcomes import METRICS, Metric, measure
 from lmms_keyspace.records import NOT_INTERPRETABLE
 from lmms_keyspace.reports.load import Run
-from lmms_keyspace.reports.rows import N_RESAMPLES, SHARE, Row, change, extended, interval, noted, paired
+from lmms_keyspace.reports.rows import N_RESAMPLES, SCORE, SHARE, Row, change, extended, interval, noted, paired
 
 # The metrics a comparison tests. The others of the probe say the same in other words, and each test costs power.
 COMPARED = (
@@ -66,12 +66,18 @@ def stock_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
     if any(task in run.probes for run in runs):
         return
     first: dict[str, pd.DataFrame] = {}
+    values_of: dict[str, list[float]] = {}
+    for run in runs:
+        for metric, value in _aggregates(run.loaded.results["results"][task]).items():
+            values_of.setdefault(metric, []).append(value)
     for run in runs:
         record = run.task_record(task)
         note = "" if record is None or record.interpretable else NOT_INTERPRETABLE
         samples = run.loaded.samples.get(task, pd.DataFrame())
         for metric, value in _aggregates(run.loaded.results["results"][task]).items():
-            row = Row(task, metric, metric, SHARE, 1, run.label, len(samples), value, note=note)
+            unit = SHARE if all(0 <= other <= 1 for other in values_of[metric]) else SCORE
+            direction = 1 if run.loaded.results.get("higher_is_better", {}).get(task, {}).get(metric, True) else -1
+            row = Row(task, metric, metric, unit, direction, run.label, len(samples), value, note=note)
             if metric not in samples or not pd.api.types.is_numeric_dtype(samples[metric]):
                 yield noted(row, "no score by document was logged, so no interval")
                 continue

@@ -36,7 +36,7 @@ class Example:
     answers: tuple[Answer, ...]
 
 
-def misled(runs: Sequence[Run], task: str, limit: int = 6) -> list[Example]:
+def misled(runs: Sequence[Run], task: str, limit: int = 5) -> list[Example]:
     """Groups that the base answers right alone and with the lure under misleading text, spread over the families."""
     if task not in runs[0].probes:
         return []

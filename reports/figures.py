@@ -29,7 +29,15 @@ _WIDTH = 4.3  # inches at 72 points: about the width of a phone
 
 
 def intervals(
-    frame: pd.DataFrame, *, category: str, series: str, order: Sequence[str], xlabel: str, title: str, limit: float = 0
+    frame: pd.DataFrame,
+    *,
+    category: str,
+    series: str,
+    order: Sequence[str],
+    xlabel: str,
+    title: str,
+    limit: float = 0,
+    first: int = 0,
 ) -> Markup:
     """Horizontal dots with intervals, one line per category and one mark per series.
 
@@ -37,6 +45,7 @@ def intervals(
         frame: columns `category`, `series`, value, ci_low, ci_high, as shares.
         order: the series in the order of their colors.
         limit: the axis reaches from 0 at least to here.
+        first: color and mark of the first series.
     """
     categories = list(dict.fromkeys(frame[category]))
     axes = _axes(0.9 + len(categories) * (0.22 + 0.13 * len(order)))
@@ -44,7 +53,7 @@ def intervals(
     for index, name in enumerate(order):
         rows = frame[frame[series] == name]
         at = np.array([categories.index(value) for value in rows[category]]) + step * (index - (len(order) - 1) / 2)
-        _marks(axes, rows["value"] * 100, at, rows, index, horizontal=True)
+        _marks(axes, rows["value"] * 100, at, rows, index + first, horizontal=True)
     axes.set_yticks(range(len(categories)), categories)
     axes.set_ylim(len(categories) - 0.5, -0.5)
     axes.set_xlim(min(0.0, axes.get_xlim()[0]), max(axes.get_xlim()[1], limit))
@@ -96,8 +105,8 @@ def by_layer(
     return _svg(axes, title)
 
 
-def scatter(points: pd.DataFrame, *, order: Sequence[str], title: str) -> Markup:
-    """Points in the plane, columns x, y, modality; the axes carry no meaning and show none."""
+def scatter(points: pd.DataFrame, *, order: Sequence[str], title: str, first: int = 0) -> Markup:
+    """Points in the plane, columns x, y, modality; the axes carry no meaning. `first`: as for `intervals`."""
     import seaborn as sns
 
     axes = _axes(3.1)
@@ -109,8 +118,8 @@ def scatter(points: pd.DataFrame, *, order: Sequence[str], title: str) -> Markup
         style="modality",
         hue_order=order,
         style_order=order,
-        markers=dict(zip(order, MARKERS, strict=False)),
-        palette=[_series(index) for index in range(len(order))],
+        markers=dict(zip(order, MARKERS[first:], strict=False)),
+        palette=[_series(first + index) for index in range(len(order))],
         s=14,
         alpha=0.75,
         linewidth=0,

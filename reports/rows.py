@@ -12,7 +12,7 @@ from lmms_keyspace import stats
 from lmms_keyspace.errors import InputError
 
 NAN = float("nan")
-SHARE, MMD2, NATS = UNITS = ("%", "MMD^2", "nats")
+SHARE, MMD2, NATS, SCORE = "%", "MMD^2", "nats", "score"
 # Permutations of a paired test. The smallest p is 1e-4, so that Holm over some hundred rows can still reach .05.
 N_RESAMPLES = 10_000
 
@@ -21,8 +21,9 @@ N_RESAMPLES = 10_000
 class Row:
     """One metric of one run. `delta` is this run minus the base; NaN where there is nothing to say, with a note why.
 
-    Values of unit "%" are shares between 0 and 1. Intervals are 95 %; `mde` is the change that would be found with
-    80 % probability. `direction` is +1 when higher means better use of the image, -1 when lower does, 0 when neither.
+    Values of unit "%" are shares between 0 and 1; "score" is a benchmark's own scale. Intervals are 95 %; `mde` is the
+    change that would be found with 80 % probability. `direction` is +1 when higher means better use of the image, -1
+    when lower does, 0 when neither.
     """
 
     task: str

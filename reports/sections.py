@@ -28,6 +28,7 @@ from lmms_keyspace.reports.rows import SHARE
 ACCURACIES = ("clean_acc", "match_acc", "conflict_acc", "irrelevant_acc", "blind_acc", "text_only_lure")
 FLIPS = ("text_flip_rate", "spurious_flip", "excess_flip", "tpr_label")
 FAMILY_METRICS = ("clean_acc", "conflict_acc", "text_flip_rate")
+FIRST_OTHER_MARK = 6  # what is not a run gets the last two colors
 MAX_PROJECTIONS = 4  # t-SNE takes seconds a run
 
 
@@ -42,12 +43,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class Group:
-    """Figures that answer one question; `legend` names their marks where these are not the runs."""
+    """Figures that answer one question; `legend` names their marks (from `first_mark` on) where these are not runs."""
 
     title: str
     text: str
     figures: tuple[Panel, ...]
     legend: tuple[str, ...] = ()
+    first_mark: int = 0
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,7 @@ def _misled(runs: Sequence[Run], task: str, frames: dict[str, pd.DataFrame]) -> 
                     xlabel="% of attention",
                     title=f"Attention when misled, {task}, {run.label}",
                     limit=100 * table["ci_high"].max(),
+                    first=FIRST_OTHER_MARK,
                 ),
                 f"{documents.get(GOLD, 0)} answers by the image, {documents.get(LURE, 0)} by the text.",
             )
@@ -233,6 +236,7 @@ def _misled(runs: Sequence[Run], task: str, frames: dict[str, pd.DataFrame]) -> 
         "description, not a cause.",
         tuple(panels),
         order,
+        FIRST_OTHER_MARK,
     )
 
 
@@ -252,7 +256,12 @@ def _projections(runs: Sequence[Run], task: str, frames: dict[str, pd.DataFrame]
         panels.append(
             Panel(
                 run.label,
-                figures.scatter(found.points, order=(VISUAL, TEXT), title=f"t-SNE of keys, {task}, {run.label}"),
+                figures.scatter(
+                    found.points,
+                    order=(VISUAL, TEXT),
+                    title=f"t-SNE of keys, {task}, {run.label}",
+                    first=FIRST_OTHER_MARK,
+                ),
                 f"{counts.get(VISUAL, 0)} image and {counts.get(TEXT, 0)} text tokens; PCA to {found.dimensions} "
                 f"dimensions keeps {100 * found.explained:.1f} % of the variance.",
             )
@@ -267,6 +276,7 @@ def _projections(runs: Sequence[Run], task: str, frames: dict[str, pd.DataFrame]
         f"be seen, how far apart they are cannot.{left_out}",
         tuple(panels),
         (VISUAL, TEXT),
+        FIRST_OTHER_MARK,
     )
 
 

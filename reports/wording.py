@@ -6,10 +6,10 @@ import math
 
 import pandas as pd
 
-from lmms_keyspace.reports.rows import MMD2, NATS, SHARE
+from lmms_keyspace.reports.rows import MMD2, NATS, SCORE, SHARE
 
-_DECIMALS = {SHARE: 1, MMD2: 4, NATS: 3}
-_SCALE = {SHARE: 100.0, MMD2: 1.0, NATS: 1.0}
+_DECIMALS = {SHARE: 1, MMD2: 4, NATS: 3, SCORE: 3}
+_SCALE = {SHARE: 100.0, MMD2: 1.0, NATS: 1.0, SCORE: 1.0}
 NOTHING = "-"
 
 COLUMNS = ("Task", "Metric", "Run", "Value [95 %]", "Change [95 %]", "p (Holm)", "Detectable", "Note")
@@ -25,7 +25,7 @@ def number(value: float, unit: str, *, signed: bool = False) -> str:
 
 def with_unit(value: float, unit: str, *, signed: bool = False) -> str:
     """For sentences: `12.3 points` of a share, `0.0123` of MMD^2, `0.123 nats`."""
-    suffix = {SHARE: " points", MMD2: "", NATS: " nats"}[unit]
+    suffix = {SHARE: " points", MMD2: "", NATS: " nats", SCORE: ""}[unit]
     return number(value, unit, signed=signed) + suffix
 
 

@@ -161,7 +161,7 @@ def test_stock_run_has_accuracy_only(tmp_path):
 def test_a_task_that_is_no_probe_is_compared_by_the_harness_metric(tmp_path):
     def rewrite(folder, scores):
         results = next(folder.glob("*_results.json"))
-        table = {"alias": "mmmu_val", "acc,none": float(np.mean(scores)), "acc_stderr,none": 0.1, "judge,none": 0.5}
+        table = {"alias": "mmmu_val", "acc,none": float(np.mean(scores)), "acc_stderr,none": 0.1, "judge,none": 1500.0}
         results.write_text(
             json.dumps({"results": {"mmmu_val": table, "group": {"alias": "g"}}, "configs": {"mmmu_val": {}}})
         )
@@ -180,7 +180,9 @@ def test_a_task_that_is_no_probe_is_compared_by_the_harness_metric(tmp_path):
     found = table[(table["metric"] == "acc") & table["delta"].notna()].iloc[0]
     assert found["delta"] == pytest.approx(0.25)
     assert found["delta_low"] < 0.25 < found["delta_high"]
-    assert "no score by document" in table[table["metric"] == "judge"].iloc[0]["note"]
+    judge = table[table["metric"] == "judge"].iloc[0]
+    assert "no score by document" in judge["note"]
+    assert printed(table)["Value [95 %]"].iloc[-1] == "1500.000"  # a scale of its own is not shown as a percentage
 
 
 def test_an_output_root_stands_for_the_newest_run_of_each_model(tmp_path):
