@@ -6,6 +6,7 @@ cluster share its luck, and treating them as independent gives intervals that ar
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -474,14 +475,18 @@ def _cluster_totals(
     )
 
 
+# A report asks for the same draws for every metric and run, and drawing them is most of its time.
+@functools.lru_cache(maxsize=2)
 def _resample(n_clusters: int, n_resamples: int, seed: int) -> Floats:
-    """[n_resamples, n_clusters]: how often each cluster is drawn."""
+    """[n_resamples, n_clusters]: how often each cluster is drawn. Read-only: the draws are shared."""
     if n_clusters < 2:
         raise InputError("clusters", f"{n_clusters} cluster", "resampling needs at least 2 clusters")
     if n_resamples < 1:
         raise InputError("n_resamples", n_resamples, "give a positive number of resamples")
     rng = np.random.default_rng([seed, 0])
-    return rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_resamples).astype(np.float64)
+    counts = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_resamples).astype(np.float64)
+    counts.flags.writeable = False
+    return counts
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
