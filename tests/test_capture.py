@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import adapter_models
 import numpy as np
@@ -14,6 +15,7 @@ from models import expanded, family_model, left_padded, tokenizer
 from peft import LoraConfig, get_peft_model
 
 from lmms_keyspace.capture import Capture, Row
+from lmms_keyspace.captured import _prefix_hashes
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import FAMILIES, decoder_sites
 from lmms_keyspace.recording import CaptureError
@@ -182,6 +184,22 @@ def test_token_table_describes_the_prompt(llava, rows):
     assert table.prefix_hash.nunique() == len(table)
 
 
+def test_tokens_of_several_images(llava):
+    prompt = Prompt("toy", 0, "c", "default", "USER: w1 <image> w2 <image> w3 ASSISTANT:", image_shas=("a", "b"))
+    ids = expanded_ids(prompt)
+    labels = Labeler(TOKENIZER, IMAGE).fit([prompt]).label(prompt, ids, [(2, 2), (2, 2)])
+    row = Row(prompt, ids, labels, np.arange(ids.size))
+    capture = Capture(llava, decoder_sites(llava))
+    with capture.batch([row]), torch.inference_mode():
+        llava(**left_padded([ids]), pixel_values=torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    table = capture.token_table()
+    assert table.image_index.tolist() == [-1] * 3 + [0] * 4 + [-1] + [1] * 4 + [-1] * 2
+    assert table.image_sha.tolist() == ["a"] * 8 + ["b"] * 4 + ["a"] * 2
+    other = Row(replace(prompt, image_shas=("a", "c")), ids, labels, np.arange(ids.size))
+    hashes = _prefix_hashes(other)
+    assert [mine == theirs for mine, theirs in zip(table.prefix_hash, hashes, strict=True)] == [True] * 8 + [False] * 6
+
+
 def test_batch_size_changes_nothing(llava, rows):
     one, answers_one = run(llava, rows, batch_size=1)
     eight, answers_eight = run(llava, rows[::-1], batch_size=8)
@@ -305,6 +323,7 @@ def test_hooks_are_gone_after_an_exception(llava, rows):
     with pytest.raises(RuntimeError, match="boom"):
         fail_after_the_prefill()
     assert (dict(mapping), all_hooks(llava)) == before
+    assert "sdpa" not in mapping  # what others register for all of transformers stays visible
     assert capture.captured == set()
     with capture.batch(rows):  # a failed batch may be tried again
         llava.generate(**llava_inputs(rows), max_new_tokens=1)

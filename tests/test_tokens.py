@@ -78,6 +78,17 @@ def test_instruction_between_free_words_is_found_from_segment_edges():
         assert [w for w, _, segment in table if segment == "question"] == document.segments["question"].split()
 
 
+def test_instruction_after_the_last_of_several_images_is_found():
+    documents = []
+    for number in range(12):
+        shown = " ".join(f"w{(number + step) % 7} <image>" for step in range(1 + number % 3))
+        words = " ".join(f"w{10 + (number * step) % 13}" for step in range(1, 2 + number % 4))
+        documents.append(prompt(number, f"USER: {shown} Answer in one word . {words} ASSISTANT:"))
+    labeler = Labeler(TOKENIZER, IMAGE).fit(documents)
+    for document in documents:
+        assert {"Answer", "in", "one", "word", "."} <= set(words_by(labeled(labeler, document), "boilerplate"))
+
+
 def test_fixed_words_inside_a_segment_keep_their_segment():
     documents = [
         prompt(
