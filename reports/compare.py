@@ -62,6 +62,8 @@ def _warnings(runs: Runs) -> Iterator[str]:
     for run in runs.runs:
         if run.record is None:
             yield f"{run.label}: no keys were captured (not a model of this plugin); its accuracy only"
+        elif not run.record.capture:
+            yield f"{run.label}: no keys were captured (capture=off); its accuracy only"
         for task in run.tasks:
             record = run.task_record(task)
             if record and not record.interpretable:

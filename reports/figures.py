@@ -24,7 +24,7 @@ _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid"}
 N_COLORS = 8
 _SERIES = [f"#0a0a{index:02x}" for index in range(1, N_COLORS + 1)]
 _VARIABLES |= {color: f"--series-{index}" for index, color in enumerate(_SERIES)}
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # as drawn; the page's legend shows the same shapes
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "o")  # as drawn; the page's legend shows the same shapes
 _WIDTH = 4.3  # inches at 72 points: about the width of a phone
 
 
@@ -120,7 +120,7 @@ def scatter(points: pd.DataFrame, *, order: Sequence[str], title: str, first: in
         style_order=order,
         markers=dict(zip(order, MARKERS[first:], strict=False)),
         palette=[_series(first + index) for index in range(len(order))],
-        s=14,
+        s=18,
         alpha=0.75,
         linewidth=0,
         legend=False,

@@ -158,6 +158,11 @@ def test_stock_run_has_accuracy_only(tmp_path):
     assert any("no keys were captured" in warning for warning in result.warnings)
 
 
+def test_capture_off_is_said(tmp_path):
+    folder = fake_runs.write(replace(BASE, record={"capture": False}), tmp_path)
+    assert any("capture=off" in warning for warning in compare_runs([folder]).warnings)
+
+
 def test_a_task_that_is_no_probe_is_compared_by_the_harness_metric(tmp_path):
     def rewrite(folder, scores):
         results = next(folder.glob("*_results.json"))

@@ -160,7 +160,8 @@ def test_stock_runs_show_accuracy_only_and_say_so(tmp_path):
     assert "no keys were captured" in page.text
     assert "What it answered" in page.text
     assert "How far apart" not in page.text
-    assert "not measured" in page.text.lower()
+    assert "Not measured" in page.text
+    assert "(not measured)" not in page.text
 
 
 def test_a_benchmark_that_the_model_cannot_read_is_marked(tmp_path):
