@@ -112,7 +112,7 @@ class Recorder:
             self.observed.tasks[row.prompt.task].rows_captured += bool(len(row.positions))
         if self.observed.second_pass and any(len(row.positions) for row in rows):
             with capture.reference_batch(rows):
-                self.observed.loaded.model(**inputs, use_cache=False)
+                self.observed.loaded.model(**inputs, use_cache=False, logits_to_keep=1)
 
     def _rows(self, requests: Sequence[Request], images: Sequence[list[Any]], inputs: Any) -> list[Row]:
         grids = self.observed.decoder.image_grids(inputs)  # of all images of the batch, in order
