@@ -79,7 +79,7 @@ def by_layer(
     Args:
         frame: columns run, layer, value, ci_low, ci_high.
         baseline: the same columns; drawn as one gray band from its lowest to its highest limit at each layer.
-        ceiling: a value that cannot be passed, and its name.
+        ceiling: a value that cannot be passed, and its name; the axis then reaches from just below 0 to just above it.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -99,7 +99,10 @@ def by_layer(
         axes.plot(at, rows["value"] * scale, color=_series(index), linewidth=1.4)
         _marks(axes, rows["value"] * scale, at, rows, index, horizontal=False, scale=scale)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(min(0.0, axes.get_ylim()[0]), axes.get_ylim()[1] if ceiling is None else ceiling[0] * 1.12)
+    if ceiling is None:
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    else:
+        axes.set_ylim(-0.12 * ceiling[0], 1.12 * ceiling[0])
     axes.set(xlabel="Layer", ylabel=ylabel)
     axes.grid(axis="y")
     return _svg(axes, title)

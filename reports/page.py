@@ -15,7 +15,7 @@ from lmms_keyspace.reports import wording
 from lmms_keyspace.reports.compare import Comparison
 from lmms_keyspace.reports.load import BUNDLED, Run, Runs
 from lmms_keyspace.reports.sections import Section
-from lmms_keyspace.reports.verdict import NOT_MEASURED, Finding, Verdict, same_change
+from lmms_keyspace.reports.verdict import NOT_COMPARED, NOT_MEASURED, Finding, Verdict, same_change
 
 _BUNDLED_NOTICE = (
     "Some of these runs are of the model that comes with the package: about one million parameters, trained on "
@@ -123,7 +123,7 @@ def _verdict_rows(report: Report) -> list[list[str]]:
 
 
 def _answer(finding: Finding) -> str:
-    return finding.answer if finding.answer == NOT_MEASURED else f"{finding.answer} ({finding.change})"
+    return finding.answer if finding.answer in (NOT_COMPARED, NOT_MEASURED) else f"{finding.answer} ({finding.change})"
 
 
 _RUN_COLUMNS = ["Run", "Model", "Adapter", "Tasks", "Documents", "Captured", "Precision, device", "Date"]

@@ -154,8 +154,8 @@ def _divergence(runs: Sequence[Run], task: str, frames: dict[str, pd.DataFrame])
             "js_classifier",
             "JS (nats)",
             (math.log(2), "ln 2: fully separable"),
-            "A lower bound from a held-out classifier. Near ln 2 it says only that the modalities can be told apart: "
-            "layers and runs are not to be ranked there.",
+            "A lower bound from a held-out classifier; below 0 the classifier did worse than guessing. Near ln 2 it "
+            "says only that the modalities can be told apart: layers and runs are not to be ranked there.",
         ),
     ):
         rows = table[table["estimator"] == estimator]

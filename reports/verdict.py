@@ -16,7 +16,9 @@ HARM = ("clean_acc",)
 
 FELL, ROSE, IMPROVED, WORSENED, MIXED = "fell", "rose", "improved", "worsened", "mixed"
 UNCHANGED = "no change detected"
+NOT_COMPARED = "not compared"  # measured in both runs, but not in a way that allows a difference
 NOT_MEASURED = "not measured"
+OPEN = (UNCHANGED, NOT_COMPARED, NOT_MEASURED)
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,11 @@ class Verdict:
 
 def verdicts(table: pd.DataFrame) -> list[Verdict]:
     """Judge every run of a comparison's table that has a change to judge, in the order of the table."""
-    changed = table[table["delta"].notna()]
-    found = [
+    return [
         _judge(str(task), str(run), rows.set_index("metric"))
-        for (task, run), rows in changed.groupby(["task", "run"], sort=False)
-        if set(rows["metric"]) & {*RELIANCE, *DIVERGENCE, *HARM}
+        for (task, run), rows in table.groupby(["task", "run"], sort=False)
+        if set(rows.loc[rows["delta"].notna(), "metric"]) & {*RELIANCE, *DIVERGENCE, *HARM}
     ]
-    return found
 
 
 def same_change(verdict: Verdict, all_verdicts: Sequence[Verdict]) -> list[str]:
@@ -64,7 +64,7 @@ def same_change(verdict: Verdict, all_verdicts: Sequence[Verdict]) -> list[str]:
         ("The reliance on the image", lambda one: one.reliance),
     ):
         own = finding_of(verdict)
-        if own.answer in (UNCHANGED, NOT_MEASURED) or not others:
+        if own.answer in OPEN or not others:
             continue
         same = [other for other in others if finding_of(other).answer == own.answer]
         rest = [other for other in others if other not in same]
@@ -95,11 +95,11 @@ def _judge(task: str, run: str, rows: pd.DataFrame) -> Verdict:
 
 
 def _headline(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
-    """The change of the first metric that was measured, e.g. `Text flip rate -3.1 points`."""
-    measured = [rows.loc[metric] for metric in metrics if metric in rows.index]
-    if not measured:
-        return NOT_MEASURED
-    row = measured[0]
+    """The change of the first metric that was compared, e.g. `Text flip rate -3.1 points`."""
+    compared = [rows.loc[metric] for metric in metrics if metric in rows.index and pd.notna(rows.loc[metric, "delta"])]
+    if not compared:
+        return ""
+    row = compared[0]
     return f"{row['label'].split(',')[0]} {with_unit(row['delta'], row['unit'], signed=True)}"
 
 
@@ -111,6 +111,8 @@ def _movement(rows: pd.DataFrame, metric: str) -> str:
     if metric not in rows.index:
         return NOT_MEASURED
     row = rows.loc[metric]
+    if pd.isna(row["delta"]):
+        return NOT_COMPARED
     if not _conclusive(row):
         return UNCHANGED
     return FELL if row["delta"] < 0 else ROSE
@@ -120,6 +122,8 @@ def _improvement(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
     known = [rows.loc[metric] for metric in metrics if metric in rows.index]
     if not known:
         return NOT_MEASURED
+    if all(pd.isna(row["delta"]) for row in known):
+        return NOT_COMPARED
     signs = {1 if row["delta"] * row["direction"] > 0 else -1 for row in known if _conclusive(row)}
     return {frozenset(): UNCHANGED, frozenset({1}): IMPROVED, frozenset({-1}): WORSENED}.get(frozenset(signs), MIXED)
 
@@ -129,6 +133,8 @@ def _evidence(rows: pd.DataFrame, metrics: Sequence[str]) -> tuple[str, ...]:
 
 
 def _sentence(row: pd.Series) -> str:
+    if pd.isna(row["delta"]):
+        return f"{row['label']}: {row['note']}."
     unit = row["unit"]
     limits = interval(row["delta_low"], row["delta_high"], unit, signed=True)
     start = f"{row['label']}: {with_unit(row['delta'], unit, signed=True)} {limits}"
@@ -145,8 +151,8 @@ def _sentence(row: pd.Series) -> str:
 
 
 def _conclusion(divergence: str, reliance: str) -> str:
-    if NOT_MEASURED in (divergence, reliance):
-        return "Only one of the two was measured, and neither implies the other."
+    if {divergence, reliance} & {NOT_MEASURED, NOT_COMPARED}:
+        return "Only one of the two could be compared, and neither implies the other."
     if divergence == FELL and reliance == IMPROVED:
         return "Both moved the hoped-for way. That they moved together does not show that one caused the other."
     if divergence == FELL and reliance == WORSENED:

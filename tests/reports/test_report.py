@@ -15,7 +15,7 @@ import pytest
 from fake_runs import BASE, LORA, MALORA, TASK
 
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.reports import write_report
+from lmms_keyspace.reports import compare_runs, write_report
 from lmms_keyspace.reports.verdict import same_change, verdicts
 from lmms_keyspace.reports.wording import printed
 
@@ -111,8 +111,6 @@ def test_page_markdown_and_csv_agree_to_the_last_digit(folder, page):
 
 
 def test_the_verdict_separates_divergence_from_reliance(page, three_runs):
-    from lmms_keyspace.reports import compare_runs
-
     malora, lora = verdicts(compare_runs(three_runs).table)
     assert (malora.divergence.answer, malora.reliance.answer) == ("fell", "no change detected")
     assert "the answers did not follow" in malora.conclusion
@@ -138,6 +136,14 @@ def test_a_change_that_only_a_control_shows_is_said_of_the_control():
     assert same_change(malora, [malora, lora]) == [
         "The divergence in the other runs: lora: no change detected (MMD^2 0.0000)."
     ]
+
+
+def test_a_difference_that_may_not_be_taken_is_not_judged(tmp_path):
+    paths = [fake_runs.write(run, tmp_path) for run in (BASE, replace(MALORA, bandwidth=20.0))]
+    (verdict,) = verdicts(compare_runs(paths).table)
+    assert verdict.divergence.answer == "not compared"
+    assert "not comparable across runs" in verdict.divergence.evidence[0]
+    assert verdict.reliance.answer == "no change detected"
 
 
 def test_hostile_text_is_escaped_and_shortened(tmp_path):
