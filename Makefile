@@ -33,7 +33,7 @@ check: .venv/installed
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py
