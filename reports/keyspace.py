@@ -84,7 +84,7 @@ def mmd2_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
         assert run.loaded.data is not None
         sums = _mean_over_layers(run.loaded.data, task, shared)
         value = float(stats.mmd2_from_sums(sums))
-        row = Row(task, "mmd2", "MMD^2, visual and text keys", MMD2, 0, run.label, len(sums.clusters), value)
+        row = Row(task, "mmd2", "MMD^2 of keys", MMD2, 0, run.label, len(sums.clusters), value)
         row = extended(row, _jackknife, sums)
         if first is None:
             yield row
@@ -164,7 +164,7 @@ def js_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
         row = Row(
             task,
             "js",
-            "JS, visual and text keys",
+            "JS of keys",
             NATS,
             0,
             run.label,

@@ -100,7 +100,7 @@ def _headline(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
     if not compared:
         return ""
     row = compared[0]
-    return f"{row['label'].split(',')[0]} {with_unit(row['delta'], row['unit'], signed=True)}"
+    return f"{row['label']} {with_unit(row['delta'], row['unit'], signed=True)}"
 
 
 def _conclusive(row: pd.Series) -> bool:
