@@ -122,15 +122,17 @@ def rng(space: str, *key: int | str) -> random.Random:
     return random.Random(int.from_bytes(digest, "big"))
 
 
-def draw_item(family: str, r: random.Random, *, space: str) -> Item:
-    """Draw an item whose gold answer is uniform over the family's pool.
+def draw_item(family: str, r: random.Random, *, space: str, gold: str | None = None) -> Item:
+    """Draw an item with the answer ``gold``, by default uniform over the family's pool.
 
     ``space`` decides which (color, shape) pairs may appear (see the module text); take ``r`` from ``rng(space, ...)``.
-    Raises InputError on an unknown family or space.
+    Raises InputError on an unknown family or space, and on a gold that the family does not have.
     """
     _check("family", family, CORE_FAMILIES)
     _check("space", space, SPACES)
-    gold = r.choice(POOLS[family])
+    if gold is None:
+        gold = r.choice(POOLS[family])
+    _check("gold", gold, POOLS[family])
     objects, question, subject = _DRAW[family](gold, r, space)
     level = r.randrange(_BACKGROUND[0], _BACKGROUND[1], 2) + (space != "train")
     spec = {"canvas": CANVAS, "background": level, "objects": objects}

@@ -143,6 +143,14 @@ def test_gold_is_balanced_and_the_question_does_not_give_it_away(family: str, sp
             assert abs(golds.count(word) / len(golds) - share) < slack, (question, word)
 
 
+@given(families, keys, st.data())
+def test_gold_can_be_asked_for(family: str, key: int, data: st.DataObject) -> None:
+    gold = data.draw(st.sampled_from(scenes.POOLS[family]))
+    item = scenes.draw_item(family, scenes.rng("dev", key), space="dev", gold=gold)
+    assert item.gold == gold
+    assert answer_from_pixels(family, np.asarray(scenes.render(item.spec))) == gold
+
+
 def test_objects_stay_inside_and_apart() -> None:
     for family in scenes.CORE_FAMILIES:
         for key in range(300):
@@ -222,6 +230,7 @@ def test_prompt_wording() -> None:
         (lambda: scenes.rng("public", 1), "space"),
         (lambda: scenes.draw_item("weight", scenes.rng("dev", 1), space="dev"), "family"),
         (lambda: scenes.draw_item("color", scenes.rng("dev", 1), space="test"), "space"),
+        (lambda: scenes.draw_item("color", scenes.rng("dev", 1), space="dev", gold="one"), "gold"),
         (lambda: scenes.hint(draw("color", 0), "red", scenes.N_TEMPLATES), "template"),
         (lambda: scenes.irrelevant(draw("color", 0), scenes.rng("dev", 1), -1), "template"),
     ],
