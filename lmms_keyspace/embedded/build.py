@@ -67,32 +67,40 @@ RECIPE = Recipe(
 )
 
 
-def build(out: Path, recipe: Recipe, seed: int, log: Log) -> dict[str, Any]:
-    """Train and measure everything, write it under ``out`` and return the card."""
+def build(out: Path, recipe: Recipe, seed: int, log: Log, *, keep_base: bool = False) -> dict[str, Any]:
+    """Train and measure everything, write it under ``out`` and return the card.
+
+    With ``keep_base`` the base model already in ``out`` is not trained again, only measured.
+    """
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
+    base = out / "base"
+    trained = json.loads((out / "card.json").read_text()) if keep_base else _train_base(base, recipe, seed, log)
     record: dict[str, Any] = {
         "generator_version": scenes.GENERATOR_VERSION,
         "seed": seed,
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "peft", "pillow")},
         "threads": torch.get_num_threads(),
         "recipe": asdict(recipe),
-        "base": _build_base(out / "base", recipe, seed, log),
+        "training_minutes": trained["training_minutes"],
+        "vision_accuracy": trained["vision_accuracy"],
+        "base": _measure_base(base, recipe, log),
         "adapters": {},
     }
-    _write(out, record, started)  # the base stands on its own, should an adapter fail
-    record["adapters"] = build_adapters(out / "base", out, recipe.adapters, recipe.hints.mixture, seed, log)
-    _write(out, record, started)
+    _write(out, record)  # the base stands on its own, should an adapter fail
+    record["adapters"] = build_adapters(base, out, recipe.adapters, recipe.hints.mixture, seed, log)
+    record["minutes"] = round(record["training_minutes"] + (time.perf_counter() - started) / 60, 1)
+    _write(out, record)
     return record
 
 
-def _write(out: Path, record: dict[str, Any], started: float) -> None:
-    record["minutes"] = round((time.perf_counter() - started) / 60, 1)
+def _write(out: Path, record: dict[str, Any]) -> None:
     (out / "card.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "CARD.md").write_text(card.page(record))
 
 
-def _build_base(folder: Path, recipe: Recipe, seed: int, log: Log) -> dict[str, Any]:
+def _train_base(folder: Path, recipe: Recipe, seed: int, log: Log) -> dict[str, Any]:
+    started = time.perf_counter()
     items = data.train_items(recipe.scenes, seed)
     tokenizer = make_tokenizer(_tokenizer_texts(items, recipe.hints.mixture, seed), vocabulary=recipe.vocabulary)
     processor = make_processor(tokenizer)
@@ -122,19 +130,25 @@ def _build_base(folder: Path, recipe: Recipe, seed: int, log: Log) -> dict[str, 
 
     model.bfloat16().save_pretrained(folder)
     processor.save_pretrained(folder)
+    return {
+        "training_minutes": round((time.perf_counter() - started) / 60, 1),
+        "vision_accuracy": vision_accuracy,
+    }
+
+
+def _measure_base(folder: Path, recipe: Recipe, log: Log) -> dict[str, Any]:
     saved = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    saved_processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
     figures = {}
     missed = {}
     for space, n in recipe.measured:
-        result = evaluate(saved, saved_processor, space, n, key="card")
+        result = evaluate(saved, processor, space, n, key="card")
         figures[space], missed[space] = asdict(result), card.shortfalls(result)
         log(space, result.accuracy["all"], missed[space] or "holds every bound")
     return {
         "parameters": sum(parameter.numel() for parameter in saved.parameters()),
-        "vocabulary": len(tokenizer),
+        "vocabulary": len(processor.tokenizer),
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
-        "vision_accuracy": vision_accuracy,
         "figures": figures,
         "missed": missed,
     }
@@ -151,13 +165,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lmms_keyspace.embedded.build", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--keep-base", action="store_true", help="keep the base model in DIR; measure it and train the adapters again"
+    )
     arguments = parser.parse_args()
     started = time.perf_counter()
 
     def log(*words: object) -> None:
         print(f"[{time.perf_counter() - started:6.1f} s]", *words, flush=True)
 
-    record = build(arguments.out, RECIPE, arguments.seed, log)
+    record = build(arguments.out, RECIPE, arguments.seed, log, keep_base=arguments.keep_base)
     missed = [line for lines in record["base"]["missed"].values() for line in lines]
     if missed:
         raise SystemExit("The model was written but misses what it must hold:\n" + "\n".join(missed))

@@ -59,7 +59,8 @@ def page(card: dict[str, Any]) -> str:
         "means nothing, and what holds for it need not hold for a large model.",
         "",
         f"Built by `python -m lmms_keyspace.embedded.build`, seed {card['seed']}, generator "
-        f"{card['generator_version']}, in {card['minutes']} minutes. Every figure below is also in `card.json`.",
+        f"{card['generator_version']}; training the base took {card['training_minutes']} minutes on 2 cores. "
+        "Every figure below is also in `card.json`.",
         "",
         "## Training",
         "",

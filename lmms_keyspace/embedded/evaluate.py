@@ -36,16 +36,20 @@ class Figures:
 
 
 def evaluate(model: Any, processor: Any, space: str, n_per_family: int, *, key: str, batch: int = 100) -> Figures:
-    """Answers to ``n_per_family`` items of every family in every condition, by greedy generation."""
+    """Answers to ``n_per_family`` items of every family in every condition, by greedy generation.
+
+    Every answer of a family is gold equally often, so the best constant answer is right at chance and no better.
+    """
     items: list[Item] = []
     turns: list[tuple[str, Image.Image | None, str]] = []  # condition, picture, text; six of them per item
     lures: list[str] = []
     for family in scenes.CORE_FAMILIES:
         for i in range(n_per_family):
             r = scenes.rng(space, key, family, i)
-            item = scenes.draw_item(family, r, space=space)
+            pool = scenes.POOLS[family]
+            item = scenes.draw_item(family, r, space=space, gold=pool[i % len(pool)])
             lure = scenes.lure(item, r)
-            template = i % scenes.N_TEMPLATES
+            template = i // len(pool) % scenes.N_TEMPLATES
             picture = scenes.render(item.spec)
             misleading = scenes.hint(item, lure, template)
             for condition, image, context in (
