@@ -171,7 +171,7 @@ def test_recolored_training_scenes_wear_no_named_color() -> None:
 
 def test_hints_of_training_pictures_are_always_true() -> None:
     items = data.train_items(50, 3)
-    mixture = dataclasses.replace(build.RECIPE.hints.mixture, hint=1.0, irrelevant=0.0, letters=0.0)
+    mixture = dataclasses.replace(build.RECIPE.hints.mixture, hint=1.0, irrelevant=0.0, picture_last=0.0)
     r = random.Random(0)
     for index, item in enumerate(items):
         sample = data.picture_sample(items, index, mixture, r)
@@ -189,7 +189,7 @@ def test_paths_and_unknown_adapter() -> None:
 
 def test_adapters_have_equal_numbers_of_parameters() -> None:
     counts = [CARD["adapters"][name]["trained_parameters"] for name in embedded.ADAPTERS]
-    assert max(counts) <= 1.02 * min(counts)
+    assert min(counts) >= 0.98 * max(counts)
     assert CARD["adapters"]["malora_no_mmd"]["arm"]["lambda_mmd"] == 0
 
 
