@@ -1,11 +1,13 @@
 """One small entry per model architecture: where its text decoder is and how an image enters it.
 
 Everything else in the package is blind to the architecture. To add one, add a `Family` to `FAMILIES` under the
-`model_type` of its config; the self-check of `capture` says at the first batch whether the entry is right.
+`model_type` of its config. An architecture without an entry is inspected. In both cases the self-check of `capture`
+says at the first batch whether what was found is right.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,15 +28,17 @@ class Family:
     """What the package must know of an architecture.
 
     Attributes:
-        connector: what joins vision and text: linear | mlp | resampler | q-former.
+        connector: what joins vision and text: linear | mlp | resampler | q-former, or unknown.
         image_grids: (config, processor output) -> one grid per image of the batch, in order, or None when the image
-            tokens are no plain raster (tiles, line breaks between rows).
+            tokens are no plain raster (tiles).
         decoder: dotted path from the model to the text decoder, which has `layers` and `rotary_emb`.
+        placeholder: name in the config of the token that stands for an image in a prompt's text.
     """
 
     connector: str
     image_grids: Callable[[Any, Mapping[str, Any]], list[Grid] | None]
     decoder: str = "model.language_model"
+    placeholder: str = "image_token_id"
 
 
 def _no_raster(config: Any, inputs: Mapping[str, Any]) -> None:
@@ -62,6 +66,22 @@ def _merged_raster(config: Any, inputs: Mapping[str, Any]) -> list[Grid]:
     return [(int(height) // merge, int(width) // merge) for _, height, width in grids.tolist()]
 
 
+def _pooled_raster(config: Any, inputs: Mapping[str, Any]) -> list[Grid]:
+    """Gemma 3: every image is pooled to one square of tokens."""
+    pixels = inputs.get("pixel_values")
+    side = math.isqrt(config.mm_tokens_per_image)
+    return [] if pixels is None else [(side, side)] * pixels.shape[0]
+
+
+def _sized_raster(config: Any, inputs: Mapping[str, Any]) -> list[Grid]:
+    """Mistral 3: rows of merged patches, a break token after each."""
+    sizes = inputs.get("image_sizes")
+    if sizes is None:
+        return []
+    side = config.vision_config.patch_size * config.spatial_merge_size
+    return [(int(height) // side, int(width) // side) for height, width in sizes.tolist()]
+
+
 FAMILIES: Mapping[str, Family] = {
     "llava": Family("mlp", _patch_raster),
     "llava_next": Family("mlp", _no_raster),
@@ -69,6 +89,14 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_vl": Family("mlp", _merged_raster),
     "qwen2_5_vl": Family("mlp", _merged_raster),
     "qwen3_vl": Family("mlp", _merged_raster),
+    "qwen3_5": Family("mlp", _merged_raster),
+    "internvl": Family("mlp", _no_raster),
+    "gemma3": Family("linear", _pooled_raster, placeholder="boi_token_index"),
+    "mistral3": Family("mlp", _sized_raster),
+    "idefics2": Family("resampler", _no_raster, decoder="model.text_model"),
+    "idefics3": Family("linear", _no_raster, decoder="model.text_model"),
+    "smolvlm": Family("linear", _no_raster, decoder="model.text_model"),
+    "instructblip": Family("q-former", _no_raster, decoder="language_model.model"),
 }
 
 # Architectures that have no key space shared by image and text, with the reason.
@@ -76,9 +104,19 @@ NO_JOINT_KEYS: Mapping[str, str] = {
     "mllama": "images enter through cross-attention layers, so image and text keys never share a layer",
     "idefics": "images enter through gated cross-attention layers, so image and text keys never share a layer",
     "florence2": "it is an encoder-decoder; the decoder reaches the image through cross-attention",
+    "vision-encoder-decoder": "it is an encoder-decoder; the decoder reaches the image through cross-attention",
+    "pix2struct": "it is an encoder-decoder; the decoder reaches the image through cross-attention",
+    "udop": "it is an encoder-decoder; the decoder reaches the image through cross-attention",
     "blip": "the text decoder reaches the image through cross-attention",
+    "blip-2": "its decoders (OPT, T5) have no rotary positions, so there is no key that enters RoPE",
     "git": "it has absolute positions, so there is no key that enters RoPE",
+    "kosmos-2": "it has absolute positions, so there is no key that enters RoPE",
+    "mistral4": "latent attention has no key per head before RoPE",
+    "mistral_large4": "latent attention has no key per head before RoPE",
 }
+
+# Text decoders whose `k_norm` works on `[B, KV heads, T, d]`; the others have `[B, T, KV heads, d]` there.
+_HEADS_FIRST = frozenset({"gemma3_text"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,17 +129,27 @@ class KeySite:
     n_kv_heads: int
     head_dim: int
     layer_type: str  # full | sliding
+    heads_first: bool = False  # the key module gives `[B, KV heads, T, d]`
 
     @property
     def key_module(self) -> nn.Module:
-        """The module whose output is the key that enters RoPE: `k_norm` where there is one, else `k_proj`.
+        """The module that makes the key that enters RoPE: `k_norm` where there is one, else `k_proj`, else the fused
+        `qkv_proj`.
 
         Looked up on each use: loading an adapter puts a new module in its place.
         """
-        name = "k_norm" if hasattr(self.attention, "k_norm") else "k_proj"
-        module = getattr(self.attention, name)
+        module = getattr(self.attention, _key_name(self.attention) or "k_proj")
         assert isinstance(module, nn.Module)
         return module
+
+    def keys(self, output: torch.Tensor) -> torch.Tensor:
+        """The keys `[B, T, KV heads, d]` in the key module's output."""
+        if self.heads_first:
+            return output.transpose(1, 2)
+        if _key_name(self.attention) == "qkv_proj":
+            query, key = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+            output = output[..., query : query + key]
+        return output.reshape(*output.shape[:2], self.n_kv_heads, self.head_dim)
 
     @property
     def apply_rope(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -115,8 +163,9 @@ class Decoder:
     """The text decoder of a vision-language model, as capture sees it."""
 
     architecture: str  # model_type of the config
-    connector: str
-    image_token_id: int
+    family: Family
+    image_token_id: int  # stands for one visual token in the model's input
+    placeholder_id: int  # stands for an image in a prompt's text
     sites: tuple[KeySite, ...]
     model: PreTrainedModel  # without the adapter's wrapper
     text_model: nn.Module
@@ -125,6 +174,11 @@ class Decoder:
     def text_config(self) -> Any:
         """Config of the text decoder; its `_attn_implementation` is the one in force."""
         return self.text_model.config
+
+    @property
+    def connector(self) -> str:
+        """What joins vision and text."""
+        return self.family.connector
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[Grid] | None:
         """Rows and columns of image tokens, per image of a batch.
@@ -135,7 +189,7 @@ class Decoder:
         Returns:
             One (rows, columns) per image in order, or None where image tokens form no plain raster.
         """
-        return FAMILIES[self.architecture].image_grids(self.model.config, inputs)
+        return self.family.image_grids(self.model.config, inputs)
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -166,19 +220,25 @@ def decoder_sites(model: nn.Module) -> Decoder:
         model: a vision-language model of transformers, or a PeftModel around one.
 
     Raises:
-        InputError: the architecture has no entry, or no key space that image and text share; or the model is compiled.
+        InputError: the architecture has no key space that image and text share, or has no entry and inspection did not
+            find what capture needs; or the model is compiled.
     """
     inner = base_model(model)
     config = inner.config
     architecture = config.model_type
-    family = FAMILIES.get(architecture)
-    if family is None:
-        raise InputError("pretrained", architecture, _refusal(inner))
+    if architecture in NO_JOINT_KEYS:
+        reason = NO_JOINT_KEYS[architecture]
+        known = ", ".join(FAMILIES)
+        raise InputError(
+            "pretrained", architecture, f"this architecture cannot be analyzed: {reason}; use one of {known}"
+        )
+    family = FAMILIES.get(architecture) or _inspected(inner)
     text_model = inner.get_submodule(family.decoder)
     return Decoder(
         architecture=architecture,
-        connector=family.connector,
+        family=family,
         image_token_id=config.image_token_id,
+        placeholder_id=getattr(config, family.placeholder),
         sites=_sites(text_model),
         model=inner,
         text_model=text_model,
@@ -193,7 +253,7 @@ def _sites(text_model: nn.Module) -> tuple[KeySite, ...]:
     sites = []
     for index, layer in enumerate(layers):
         attention = getattr(layer, "self_attn", None)
-        if attention is None:  # a layer without keys (linear attention) is absent, not zero
+        if attention is None or _key_name(attention) is None:  # a layer without keys is absent, not zero
             continue
         sites.append(
             KeySite(
@@ -203,18 +263,45 @@ def _sites(text_model: nn.Module) -> tuple[KeySite, ...]:
                 n_kv_heads=config.num_key_value_heads,
                 head_dim=attention.head_dim,
                 layer_type="sliding" if kinds[index].startswith("sliding") else "full",
+                heads_first=config.model_type in _HEADS_FIRST,
             )
         )
     return tuple(sites)
 
 
-def _refusal(model: PreTrainedModel) -> str:
-    architecture = model.config.model_type
-    if architecture in NO_JOINT_KEYS:
-        return f"this architecture cannot be analyzed: {NO_JOINT_KEYS[architecture]}; use one of {', '.join(FAMILIES)}"
-    found = sorted({name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith(".k_proj")})
-    seen = f"k_proj modules were found under {', '.join(found[:4])}" if found else "no k_proj module was found"
-    return (
-        f"this architecture has no entry ({seen}); use one of {', '.join(FAMILIES)}, or add a Family to FAMILIES in "
-        "lmms_keyspace/families.py under this model_type"
+def _key_name(attention: nn.Module) -> str | None:
+    """Name of the module of an attention layer that makes the key."""
+    return next((name for name in ("k_norm", "k_proj", "qkv_proj") if hasattr(attention, name)), None)
+
+
+def _inspected(model: PreTrainedModel) -> Family:
+    """A family for an architecture without an entry, from what the model says of itself.
+
+    Raises:
+        InputError: something is missing; says what was found and how to add an entry.
+    """
+    config = model.config
+    decoder = None if config.is_encoder_decoder else model.get_decoder()
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    layers = list(getattr(decoder, "layers", ()))
+    attentions = [layer.self_attn for layer in layers if _key_name(getattr(layer, "self_attn", layer))]
+    found = {
+        "a text decoder": bool(path) and decoder is not model,
+        "decoder layers whose self_attn has k_norm, k_proj or qkv_proj and head_dim": bool(attentions)
+        and all(hasattr(attention, "head_dim") for attention in attentions),
+        "rotary_emb in the decoder": hasattr(decoder, "rotary_emb"),
+        "apply_rotary_pos_emb and attention functions beside the attention class": bool(attentions)
+        and {"apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS"}
+        <= vars(sys.modules[type(attentions[0]).__module__]).keys(),
+        "image_token_id in the config": getattr(config, "image_token_id", None) is not None,
+    }
+    if all(found.values()):
+        return Family("unknown", _no_raster, decoder=path)
+    have = "; ".join(name for name, there in found.items() if there) or "nothing of use"
+    missing = "; ".join(name for name, there in found.items() if not there)
+    raise InputError(
+        "pretrained",
+        config.model_type,
+        f"this architecture has no entry; found: {have}; not found: {missing}; use one of {', '.join(FAMILIES)}, or "
+        "add a Family to FAMILIES in lmms_keyspace/families.py under this model_type",
     )

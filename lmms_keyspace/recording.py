@@ -96,7 +96,9 @@ class Recording:
         """The hooks are in place inside, and nowhere else."""
         with ExitStack() as stack:
             keep = stack.enter_context
-            keep(_removed(self._decoder.model.register_forward_pre_hook(self._on_model, with_kwargs=True)))
+            # InstructBLIP generates with its language model, past its own `forward`.
+            for module in (self._decoder.model, self._decoder.text_model):
+                keep(_removed(module.register_forward_pre_hook(self._on_model, with_kwargs=True)))
             rotary = self._decoder.text_model.get_submodule("rotary_emb")
             keep(_removed(rotary.register_forward_pre_hook(self._on_rotary, with_kwargs=True)))
             for site in self._sites:
@@ -168,7 +170,7 @@ class Recording:
         return np.asarray(torch.cat(self._norms[layer], dim=1).cpu())
 
     def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the first call: the inputs are the rows that were announced."""
+        """At the first call: the inputs are the rows that were announced."""
         if self._copies:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -211,13 +213,13 @@ class Recording:
 
     @torch.no_grad()
     def _on_key(self, site: KeySite, output: torch.Tensor) -> None:
-        start, length = self._seen[site.layer], output.shape[1]
+        keys = site.keys(output)
+        start, length = self._seen[site.layer], keys.shape[1]
         self._seen[site.layer] += length
         if start >= self._width:
             self._span[site.layer] = None
             return
         span = self._span[site.layer] = _Span(start, min(start + length, self._width), length)
-        keys = output.reshape(output.shape[0], length, site.n_kv_heads, site.head_dim)
         self._take("k_pre", site, keys.transpose(1, 2), span, start)
         own = keys[:: self._copies, : span.stop - start]
         self._norms[site.layer].append(torch.linalg.vector_norm(own, dim=-1, dtype=torch.float32).mean(-1))

@@ -6,6 +6,10 @@ at the same offset from an anchor in at least 90 % of a task's documents. Anchor
 images, and the edges of the segments that the task declares. Documents of one cluster share the weight of one, because
 conditions of one question would otherwise turn the question itself into boilerplate.
 
+A processor replaces each image's placeholder by image tokens and, in some architectures, writes special tokens and
+white space around and between them (start and end of the image, breaks between rows, names of tiles). Those are
+special. All words of the prompt must be found again, in order, or the prompt is refused.
+
 Attention sinks are not labeled here: which tokens they are depends on the layer, and labels come before any forward.
 """
 
@@ -14,7 +18,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,7 +46,8 @@ class Prompt:
     Attributes:
         doc_id: the harness's number of the document in its task.
         cluster: documents that belong together (conditions of one question); sampled and resampled as one.
-        text: chat-template output with one placeholder token per image.
+        text: chat-template output with one placeholder token per image; none where the processor puts the image in
+            front of the text by itself.
         segments: hint | question | options -> its words, which occur in `text`; an empty string means absent.
         image_shas: one per image, in order; may be empty when unknown.
         content: the user's words as they went into the chat template, in order; what lies outside is template.
@@ -138,23 +143,33 @@ class Labeler:
 
     Args:
         tokenizer: a fast tokenizer of transformers (character offsets are needed).
-        image_token_id: the id that stands for image tokens.
+        image_token_id: the id of image tokens in the model's input.
         add_special_tokens: as the prompts are tokenized for the model.
+        placeholder_id: the id that stands for an image in a prompt's text; None: `image_token_id`.
 
     Raises:
         InputError: the tokenizer gives no character offsets.
     """
 
-    def __init__(self, tokenizer: Any, image_token_id: int, add_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_token_id: int,
+        add_special_tokens: bool = True,
+        *,
+        placeholder_id: int | None = None,
+    ) -> None:
         if not tokenizer.is_fast:
             raise InputError(
                 "tokenizer", type(tokenizer).__name__, "it gives no character offsets; use the model's fast tokenizer"
             )
         self._tokenizer = tokenizer
         self._image_token_id = image_token_id
+        self._placeholder_id = image_token_id if placeholder_id is None else placeholder_id
         self._add_special_tokens = add_special_tokens
         added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = np.array(sorted((added | set(tokenizer.all_special_ids)) - {image_token_id}), np.int64)
+        self._is_word = {index: False for index in tokenizer.added_tokens_decoder}
         self._fixed: dict[str, dict[_Anchor, np.ndarray]] = {}
         self.notes: dict[str, str] = {}
         """Per task, what a reader of its divergence must know of the labels; tasks without a remark are absent."""
@@ -193,18 +208,60 @@ class Labeler:
             raise InputError("task", prompt.task, "its prompts were not fitted; pass them to Labeler.fit first")
         input_ids = np.asarray(input_ids, dtype=np.int64)
         encoded = self._encode(prompt)
-        starts = _run_starts(input_ids == self._image_token_id)
-        if not np.array_equal(input_ids[starts], encoded.ids):
-            difference = _first_difference(input_ids[starts], encoded.ids)
-            raise InputError(
-                "prompt", _name(prompt), f"the model gets other tokens than the prompt's text has: {difference}"
-            )
-        lengths = np.diff(np.append(starts, input_ids.size))
-        modality, segment = self._collapsed_labels(prompt.task, encoded)
-        image_index, grid_row, grid_column = _image_places(prompt, encoded.placeholders, lengths, image_grids)
-        return TokenLabels(
-            np.repeat(modality, lengths), np.repeat(segment, lengths), image_index, grid_row, grid_column
-        )
+        source, images = self._aligned(prompt, input_ids, encoded)
+        modality, segment = (values[source] for values in self._collapsed_labels(prompt.task, encoded))
+        added = source < 0  # by the processor, with the image
+        modality[added], segment[added] = SPECIAL, "special"
+        modality[input_ids == self._tokenizer.bos_token_id] = BOS
+        for run in images:
+            modality[run.columns], segment[run.columns] = VISUAL, "image"
+        image_index, grid_row, grid_column = _image_places(prompt, input_ids.size, images, image_grids)
+        return TokenLabels(modality, segment, image_index, grid_row, grid_column)
+
+    def _aligned(self, prompt: Prompt, ids: np.ndarray, encoded: _Encoded) -> tuple[np.ndarray, list[_ImageRun]]:
+        """Per token of the model's input the token of the text that it is, -1 where the processor added it; and the
+        image tokens.
+
+        Words must agree one by one. Between two words without an image everything else must agree too; where there is
+        an image, what agrees at both ends is the text's and the rest is the processor's.
+        """
+        image = ids == self._image_token_id
+        model_words = np.flatnonzero(~image & self._words(ids))
+        text_words = np.flatnonzero((encoded.placeholders == 0) & self._words(encoded.ids))
+        if not np.array_equal(ids[model_words], encoded.ids[text_words]):
+            raise _other_tokens(prompt, ids[model_words], encoded.ids[text_words])
+        source = np.full(ids.size, -1)
+        source[model_words] = text_words
+        runs: list[_ImageRun] = []
+        n_images = 0
+        for begin, end, text_begin, text_end in _gaps(model_words, ids.size, text_words, encoded.ids.size):
+            inside, text = ids[begin:end], encoded.ids[text_begin:text_end]
+            shown = encoded.placeholders[text_begin:text_end]
+            columns = np.flatnonzero(image[begin:end])
+            count = int(shown.sum())
+            if count == 0 and columns.size and begin == 0:
+                count = 1  # the processor puts the image before the first word
+            if (count == 0) != (columns.size == 0) or (count == 0 and not np.array_equal(inside, text)):
+                raise _other_tokens(prompt, inside, text)
+            if count == 0:
+                source[begin:end] = np.arange(text_begin, text_end)
+                continue
+            places = np.flatnonzero(shown)
+            head = _common(inside[: columns[0]], text[: places[0]] if places.size else text)
+            rest = text[places[-1] + 1 :] if places.size else text[head:]
+            tail = _common(inside[columns[-1] + 1 :][::-1], rest[::-1])
+            source[begin : begin + head] = text_begin + np.arange(head)
+            source[end - tail : end] = text_end - tail + np.arange(tail)
+            runs.extend(_image_runs(begin + columns, n_images, count, shown[places]))
+            n_images += count
+        return source, runs
+
+    def _words(self, ids: np.ndarray) -> np.ndarray:
+        """Which ids are neither special tokens nor white space."""
+        known = self._is_word
+        for index in set(ids.tolist()) - known.keys():
+            known[index] = bool(self._tokenizer.decode([index]).strip())
+        return np.array([known[index] for index in ids.tolist()], bool)
 
     def _fit_task(self, task: str, prompts: Sequence[Prompt]) -> None:
         encoded = [self._encode(prompt) for prompt in prompts]
@@ -242,8 +299,8 @@ class Labeler:
         )
         ids = np.array(encoding["input_ids"], np.int64)
         offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
-        starts = _run_starts(ids == self._image_token_id)
-        placeholders = np.diff(np.append(starts, ids.size)) * (ids[starts] == self._image_token_id)
+        starts = _run_starts(ids == self._placeholder_id)
+        placeholders = np.diff(np.append(starts, ids.size)) * (ids[starts] == self._placeholder_id)
         if prompt.image_shas and len(prompt.image_shas) != placeholders.sum():
             raise InputError(
                 "image_shas",
@@ -271,10 +328,48 @@ class Labeler:
         modality[boilerplate] = BOILERPLATE
         segment[boilerplate & (encoded.segment == "")] = "boilerplate"
         modality[encoded.special], segment[encoded.special] = SPECIAL, "special"
-        modality[encoded.ids == self._tokenizer.bos_token_id] = BOS
-        visual = encoded.placeholders > 0
-        modality[visual], segment[visual] = VISUAL, "image"
         return modality, segment
+
+
+class _ImageRun(NamedTuple):
+    """Image tokens that belong together: `images` images from number `first` on."""
+
+    columns: np.ndarray
+    first: int
+    images: int
+
+
+def _gaps(words: np.ndarray, size: int, text_words: np.ndarray, text_size: int) -> Iterator[tuple[int, int, int, int]]:
+    """Where there is something between two words or at an end: begin and end in the model's input and in the text."""
+    edges = np.concatenate([[-1], words, [size]])
+    text_edges = np.concatenate([[-1], text_words, [text_size]])
+    for gap in np.flatnonzero((np.diff(edges) > 1) | (np.diff(text_edges) > 1)):
+        yield edges[gap] + 1, edges[gap + 1], text_edges[gap] + 1, text_edges[gap + 1]
+
+
+def _common(left: np.ndarray, right: np.ndarray) -> int:
+    """Length of the common beginning."""
+    size = min(left.size, right.size)
+    return int(np.append(np.flatnonzero(left[:size] != right[:size]), size)[0])
+
+
+def _image_runs(columns: np.ndarray, first: int, count: int, placeholders: np.ndarray) -> list[_ImageRun]:
+    """Split the image tokens between two words by image where their runs tell, else keep them together."""
+    runs = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1)
+    counts = placeholders if len(runs) == placeholders.size else np.ones(count, np.int64)
+    if len(runs) != len(counts):
+        return [_ImageRun(columns, first, count)]
+    starts = first + np.cumsum(counts) - counts
+    return [_ImageRun(*run) for run in zip(runs, starts.tolist(), counts.tolist(), strict=True)]
+
+
+def _other_tokens(prompt: Prompt, ids: np.ndarray, expected: np.ndarray) -> InputError:
+    common = min(ids.size, expected.size)
+    unequal = np.flatnonzero(ids[:common] != expected[:common])
+    difference = f"{ids.size} tokens, not {expected.size}"
+    if unequal.size:
+        difference = f"token {ids[unequal[0]]}, not {expected[unequal[0]]}"
+    return InputError("prompt", _name(prompt), f"the model gets other tokens than the prompt's text has: {difference}")
 
 
 def _name(prompt: Prompt) -> str:
@@ -370,40 +465,24 @@ def _is_fixed(encoded: _Encoded, fixed: Mapping[_Anchor, np.ndarray]) -> np.ndar
 
 
 def _image_places(
-    prompt: Prompt, placeholders: np.ndarray, lengths: np.ndarray, grids: Sequence[tuple[int, int]] | None
+    prompt: Prompt, size: int, runs: Sequence[_ImageRun], grids: Sequence[tuple[int, int]] | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image index, grid row and grid column of each of the T expanded tokens; -1 where there is none."""
-    if grids is not None and len(grids) != placeholders.sum():
-        raise InputError(
-            "image_grids", _name(prompt), f"{len(grids)} grids for {placeholders.sum()} images; give one per image"
-        )
-    index, row, column = (np.full(lengths.sum(), -1, np.int32) for _ in range(3))
-    ends = np.cumsum(lengths)
-    first = 0
-    for run in np.flatnonzero(placeholders):
-        start, end, count = ends[run] - lengths[run], ends[run], placeholders[run]
+    """Image index, grid row and grid column of each of the T tokens; -1 where there is none."""
+    images = sum(run.images for run in runs)
+    if grids is not None and len(grids) != images:
+        raise InputError("image_grids", _name(prompt), f"{len(grids)} grids for {images} images; give one per image")
+    index, row, column = (np.full(size, -1, np.int32) for _ in range(3))
+    for columns, first, count in runs:
+        index[columns] = first
         if grids is None:
-            index[start:end] = first
-        else:
-            shapes = grids[first : first + count]
-            if sum(rows * columns for rows, columns in shapes) != end - start:
-                raise InputError(
-                    "image_grids", _name(prompt), f"grids {list(shapes)} do not make the {end - start} image tokens"
-                )
-            for number, (rows, columns) in enumerate(shapes, first):
-                area = slice(start, start + rows * columns)
-                index[area] = number
-                row[area] = np.repeat(np.arange(rows), columns)
-                column[area] = np.tile(np.arange(columns), rows)
-                start = area.stop
-        first += count
+            continue
+        shapes = grids[first : first + count]
+        areas = [rows * width for rows, width in shapes]
+        if sum(areas) != columns.size:
+            raise InputError(
+                "image_grids", _name(prompt), f"grids {list(shapes)} do not make the {columns.size} image tokens"
+            )
+        index[columns] = np.repeat(np.arange(first, first + count), areas)
+        row[columns] = np.concatenate([np.repeat(np.arange(rows), width) for rows, width in shapes])
+        column[columns] = np.concatenate([np.tile(np.arange(width), rows) for rows, width in shapes])
     return index, row, column
-
-
-def _first_difference(ids: np.ndarray, expected: np.ndarray) -> str:
-    common = min(ids.size, expected.size)
-    unequal = np.flatnonzero(ids[:common] != expected[:common])
-    if unequal.size:
-        at = int(unequal[0])
-        return f"token {at} (images counted as one) is {ids[at]}, not {expected[at]}"
-    return f"{ids.size} tokens (images counted as one), not {expected.size}"

@@ -18,6 +18,7 @@ from lmms_keyspace import harness
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.model_wrappers import arguments as args
 from lmms_keyspace.model_wrappers.assembly import assemble
+from lmms_keyspace.model_wrappers.encoding import encode
 from lmms_keyspace.model_wrappers.generation import Settings, batches, cut
 from lmms_keyspace.model_wrappers.loading import Loaded, load
 from lmms_keyspace.model_wrappers.prompts import Request, read_requests
@@ -81,12 +82,8 @@ class KeyspaceVLM(lmms):
 
     def _answer(self, rows: list[Request], settings: Settings) -> list[GenerationResult]:
         images = [row.images() for row in rows]
-        inputs = self.loaded.processor(
-            text=[row.text for row in rows],
-            images=[image for shown in images for image in shown] or None,
-            padding=True,
-            return_tensors="pt",
-        ).to(self.device, self.loaded.model.dtype)
+        inputs = encode(self.loaded.processor, [row.text for row in rows], images)
+        inputs = inputs.to(self.device, self.loaded.model.dtype)
         with torch.inference_mode(), self._recorder.batch(rows, images, inputs):
             output = self.loaded.model.generate(**inputs, **settings.arguments, pad_token_id=self._pad_token_id())
         new = output[:, inputs["input_ids"].shape[1] :]

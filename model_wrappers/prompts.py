@@ -65,10 +65,19 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> Re
         return ChatMessages(messages=doc_to_messages(datasets[task][split][doc_id]))
 
     first = ChatMessages(messages=doc_to_messages(doc))
-    _, videos, audios = first.extract_media()
+    images, videos, audios = first.extract_media()
     if videos or audios:
         raise InputError("tasks", task, f"document {doc_id} holds video or audio; these wrappers take images and text")
-    text = processor.apply_chat_template(first.to_hf_messages(), add_generation_prompt=True, tokenize=False)
+    content = tuple(part.text for message in first.messages for part in message.content if part.type == "text")
+    if hasattr(processor, "qformer_tokenizer"):  # InstructBLIP has no chat template and puts the image in front
+        if len(images) != 1:
+            raise InputError("tasks", task, f"document {doc_id} shows {len(images)} images; this model takes one")
+        text = "\n".join(content)
+    elif processor.chat_template:
+        text = processor.apply_chat_template(first.to_hf_messages(), add_generation_prompt=True, tokenize=False)
+    else:
+        name = type(processor).__name__
+        raise InputError("pretrained", name, "its processor has no chat template; use a checkpoint that has one")
 
     def field(name: str, where: str) -> str:
         if name not in doc:
@@ -86,7 +95,7 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> Re
         cluster_field=cluster_field,
         segments={name: field(value, f"segment {name}") for name, value in (declared.get("segments") or {}).items()},
         text=text,
-        content=tuple(part.text for message in first.messages for part in message.content if part.type == "text"),
+        content=content,
         generation_kwargs=generation_kwargs,
         counted="__padding_only__" not in (instance.metadata or {}),
         messages=messages,

@@ -39,7 +39,9 @@ class Recorder:
         self._sampler = Sampler(
             seed=arguments.seed, clusters=arguments.capture_clusters, tokens=arguments.capture_tokens
         )
-        self._labeler = Labeler(loaded.processor.tokenizer, decoder.image_token_id)
+        self._labeler = Labeler(
+            loaded.processor.tokenizer, decoder.image_token_id, placeholder_id=decoder.placeholder_id
+        )
 
     def plan(self, requests: Sequence[Request]) -> None:
         """Label every prompt and draw the sample, from all requests at once, and say what memory it will take.

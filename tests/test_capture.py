@@ -257,10 +257,10 @@ def test_attention_mass_is_that_of_eager_attention(rows, implementation):
                 assert np.isnan(got["image_over_uniform"])
 
 
-@pytest.mark.parametrize("chunk", [None, 5])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_passes_the_self_check_and_agrees_with_eager_attention(family, chunk):
-    """Text alone, left padded. `llava_next` has sliding layers, whose cache hands over the newest keys only."""
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"instructblip"}))
+def test_chunked_prefill_of_every_family_agrees_with_eager_attention(family):
+    """Text alone, left padded (InstructBLIP always shows an image). A sliding layer's cache hands over the newest keys
+    only. With images: test_family_prompts.py."""
     rows = make_rows([prompt for prompt in make_prompts(40) if not prompt.image_shas])
     inputs = llava_inputs(rows)
     with torch.inference_mode():
@@ -268,13 +268,13 @@ def test_every_family_passes_the_self_check_and_agrees_with_eager_attention(fami
     model = family_model(family)
     capture = Capture(model, decoder_sites(model), spaces=("k_pre", "k_post", "v"))
     with capture.batch(rows), torch.inference_mode():
-        model.generate(**inputs, max_new_tokens=2, do_sample=False, prefill_chunk_size=chunk)
+        model.generate(**inputs, max_new_tokens=2, do_sample=False, prefill_chunk_size=5)
     table = capture.attention_table().set_index(["doc_id", "layer"])
-    assert (table.layer_type == ("sliding" if family == "llava_next" else "full")).all()
     width = inputs["input_ids"].shape[1]
+    weights = [layer for layer in weights if layer is not None]
     for line, row in enumerate(rows):
-        for layer in capture.layers:
-            last = weights[layer][line, :, -1, width - row.input_ids.size :].mean(0).numpy()
+        for layer, weight in zip(capture.layers, weights, strict=True):
+            last = weight[line, :, -1, width - row.input_ids.size :].mean(0).numpy()
             for segment in SEGMENTS:
                 expected = last[row.labels.segment == segment].sum()
                 assert table.loc[(row.prompt.doc_id, layer), f"mass_{segment}"] == pytest.approx(expected, abs=1e-5)

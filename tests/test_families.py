@@ -8,12 +8,30 @@ import torch
 from models import family_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, MllamaConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MllamaConfig,
+)
 
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import FAMILIES, decoder_sites
 
-KEY_MODULES = {"qwen3_vl": "k_norm"}
+KEY_MODULES = {"qwen3_vl": "k_norm", "qwen3_5": "k_norm", "gemma3": "k_norm"}
+DECODERS = dict.fromkeys(("idefics2", "idefics3", "smolvlm"), "model.text_model") | {
+    "instructblip": "language_model.model"
+}
+LAYER_TYPES = dict.fromkeys(("llava_next", "mistral3", "idefics2"), ["sliding"] * 2) | {
+    "llava": ["full"] * 3,
+    "gemma3": ["sliding", "full"],
+    "qwen3_5": ["full"],
+}
+LAYERS = {"llava": [0, 1, 2], "qwen3_5": [1]}  # Qwen3.5: the first layer has linear attention and no keys
+CONNECTORS = {"gemma3": "linear", "idefics3": "linear", "smolvlm": "linear"} | {
+    "idefics2": "resampler",
+    "instructblip": "q-former",
+}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -21,17 +39,25 @@ def test_sites_are_where_the_decoder_makes_its_keys(name):
     model = family_model(name)
     decoder = decoder_sites(model)
     assert decoder.architecture == name
-    assert decoder.connector == "mlp"
+    assert decoder.connector == CONNECTORS.get(name, "mlp")
     assert decoder.image_token_id == 3
-    layers = model.config.get_text_config().num_hidden_layers
     names = {id(module): path for path, module in model.named_modules()}
+    layers, path = LAYERS.get(name, [0, 1]), DECODERS.get(name, "model.language_model")
     assert [names[id(site.key_module)] for site in decoder.sites] == [
-        f"model.language_model.layers.{layer}.self_attn.{KEY_MODULES.get(name, 'k_proj')}" for layer in range(layers)
+        f"{path}.layers.{layer}.self_attn.{KEY_MODULES.get(name, 'k_proj')}" for layer in layers
     ]
+    assert [site.layer for site in decoder.sites] == layers
+    assert [site.layer_type for site in decoder.sites] == LAYER_TYPES.get(name, ["full"] * 2)
     for site in decoder.sites:
         assert (site.n_heads, site.n_kv_heads) == (4, 2)
         assert site.attention.k_proj.out_features == site.n_kv_heads * site.head_dim
-        assert site.layer_type == ("sliding" if name == "llava_next" else "full")
+
+
+def test_keys_of_a_fused_projection_are_its_middle_slice():
+    site = decoder_sites(family_model("llava_phi3")).sites[0]
+    assert site.key_module is site.attention.qkv_proj
+    output = torch.arange(4 * 16 + 2 * 16 + 2 * 16.0).expand(3, 5, -1)
+    assert torch.equal(site.keys(output), torch.arange(64, 96.0).reshape(2, 16).expand(3, 5, 2, 16))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -94,10 +120,23 @@ def test_cross_attention_is_refused_with_the_reason():
         decoder_sites(AutoModelForImageTextToText.from_config(config))
 
 
+def test_an_architecture_without_an_entry_is_inspected():
+    model = family_model("smolvlm")
+    model.config.model_type = "newvlm"
+    decoder = decoder_sites(model)
+    assert (decoder.architecture, decoder.connector, decoder.image_token_id) == ("newvlm", "unknown", 3)
+    assert decoder.text_model is model.model.text_model
+    assert [site.key_module for site in decoder.sites] == [
+        layer.self_attn.k_proj for layer in model.model.text_model.layers
+    ]
+
+
 def test_an_unknown_architecture_is_refused_with_what_was_found():
     model = adapter_models.tiny_llava()
     model.config.model_type = "newllava"
-    with pytest.raises(InputError, match=r"'newllava'.*language_model\.layers\.0\.self_attn.*add a Family to FAMILIES"):
+    del model.model.language_model.rotary_emb
+    said = r"'newllava'.*found: a text decoder; decoder layers.*not found: rotary_emb.*add a Family to FAMILIES"
+    with pytest.raises(InputError, match=said):
         decoder_sites(model)
 
 

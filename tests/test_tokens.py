@@ -272,9 +272,9 @@ def test_ids_of_another_text_are_an_error():
     document = prompt(7, "USER: What <image> ?")
     labeler = Labeler(TOKENIZER, IMAGE).fit([document])
     ids = expanded(TOKENIZER(document.text)["input_ids"], 3)
-    with pytest.raises(InputError, match=r"toy document 7.*token 2 .* is 9, not 7"):
+    with pytest.raises(InputError, match=r"toy document 7.*token 9, not 7"):
         labeler.label(document, np.where(ids == 7, 9, ids))
-    with pytest.raises(InputError, match=r"toy document 7.*4 tokens .*, not 5"):
+    with pytest.raises(InputError, match=r"toy document 7.*2 tokens, not 3"):
         labeler.label(document, ids[:-1])
     with pytest.raises(InputError, match="were not fitted"):
         labeler.label(Prompt("other", 0, "c", "default", "What"), ids)
@@ -286,3 +286,66 @@ def test_a_tokenizer_without_offsets_is_refused():
 
     with pytest.raises(InputError, match="tokenizer='Slow'"):
         Labeler(Slow(), IMAGE)
+
+
+def expanded_as(document, replaced):
+    """Ids of a prompt as a processor makes them that writes these tokens for an image."""
+    ids = TOKENIZER(document.text)["input_ids"]
+    return np.concatenate([replaced if token == IMAGE else [token] for token in ids])
+
+
+START, END, BREAK, LINE = 2, 4, 0, TOKENIZER.convert_tokens_to_ids("\n")  # special tokens and a line break
+
+
+@pytest.mark.parametrize(
+    ("replaced", "visual"),
+    [
+        ([START, IMAGE, IMAGE, END], 2),
+        ([LINE, LINE, START, IMAGE, IMAGE, IMAGE, END, LINE], 3),  # white space around it
+        ([IMAGE, IMAGE, BREAK, IMAGE, IMAGE, END], 4),  # a break after each row
+        ([START, BREAK, IMAGE, START, BREAK, IMAGE, LINE, LINE, START, IMAGE, START], 3),  # tiles
+    ],
+)
+@pytest.mark.parametrize(
+    "text", ["USER: \n <image> \n w1", "<image> w1", "USER: w1 <image>", "w1 <image> \n w2 <image> w3"]
+)
+def test_what_a_processor_writes_around_an_image_is_special(text, replaced, visual):
+    document = prompt(0, text)
+    labeler = Labeler(TOKENIZER, IMAGE).fit([document])
+    ids = expanded_as(document, replaced)
+    plain = labeler.label(document, expanded(TOKENIZER(text)["input_ids"], 1))
+    labels = labeler.label(document, ids)
+    images = text.count("<image>")
+    counts = labels.counts()
+    assert counts["visual"] == visual * images
+    assert (labels.modality[ids == IMAGE] == "visual").all()
+    words = np.isin(ids, [IMAGE, START, END, BREAK, LINE], invert=True)
+    assert (labels.modality[words] != "special").all()
+    assert counts["text"] <= plain.counts()["text"]
+    assert counts["text"] >= plain.counts()["text"] - text.count("\n")
+    assert set(labels.image_index[ids == IMAGE]) == set(range(images))
+
+
+def test_another_placeholder_in_the_text():
+    document = prompt(0, "USER: </s> w1")
+    labeler = Labeler(TOKENIZER, IMAGE, placeholder_id=START).fit([document])
+    word = TOKENIZER.convert_tokens_to_ids("w1")
+    labels = labeler.label(document, np.array([1, 5, LINE, START, IMAGE, IMAGE, END, word]))
+    assert labels.modality.tolist() == ["bos", "text", "special", "special", "visual", "visual", "special", "text"]
+
+
+def test_an_image_that_the_processor_puts_in_front():
+    document = prompt(0, "USER: w1", image_shas=())
+    labeler = Labeler(TOKENIZER, IMAGE).fit([document])
+    labels = labeler.label(document, np.array([IMAGE, IMAGE, 1, 5, TOKENIZER.convert_tokens_to_ids("w1")]))
+    assert labels.modality.tolist() == ["visual", "visual", "bos", "text", "text"]
+    assert labels.image_index.tolist() == [0, 0, -1, -1, -1]
+
+
+@pytest.mark.parametrize("ids", [[1, 5, IMAGE, 53], [1, 5, 53], [1, 5, LINE, LINE, 53]])
+def test_an_image_or_a_line_break_too_many_or_too_few_is_an_error(ids):
+    document = prompt(7, "USER: \n w1" if IMAGE in ids or LINE in ids else "USER: <image> w1")
+    ids = [TOKENIZER.convert_tokens_to_ids("w1") if token == 53 else token for token in ids]
+    labeler = Labeler(TOKENIZER, IMAGE).fit([document])
+    with pytest.raises(InputError, match="toy document 7"):
+        labeler.label(document, np.array(ids))

@@ -1,0 +1,36 @@
+"""From prompts and images to the inputs of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+# Inputs with one entry per token, after the mask that tells padding, and the end that padding belongs to.
+_PADDED = (
+    ("attention_mask", ("input_ids", "token_type_ids", "mm_token_type_ids"), "left"),
+    ("qformer_attention_mask", ("qformer_input_ids",), "right"),
+)
+
+
+def encode(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
+    """Run the processor on a batch.
+
+    Args:
+        processor: the model's own.
+        texts: the prompts, with placeholders for the images.
+        images: per prompt, in order; may be empty.
+
+    Returns:
+        The processor's output; `input_ids` and `attention_mask` are `[B, P]` with all padding on the left.
+    """
+    shown = [list(row) for row in images] if any(images) else None
+    inputs = processor(text=list(texts), images=shown, padding=True, return_tensors="pt")
+    # InstructBLIP's processor puts the image before the padding, and pads the instruction of its Q-Former, which has
+    # absolute positions, as it pads the prompt.
+    for mask, names, side in _PADDED:
+        if mask in inputs:
+            order = inputs[mask].argsort(dim=1, stable=True, descending=side == "right")
+            for name in (mask, *names):
+                if name in inputs:
+                    inputs[name] = inputs[name].gather(1, order)
+    return inputs
