@@ -16,16 +16,19 @@ export TOKENIZERS_PARALLELISM := false
 	touch $@
 
 # The main job on the bundled model: base, MaLoRA and its two controls through lmms-eval, then the joined report.
+# lmms-eval's own tables go to log files; it exits 0 on failure, and then `compare` names the run that is missing.
 ADAPTER = $$($(BIN)/python -c "from lmms_keyspace import embedded; print(embedded.adapter_path('$(1)'))")
-RUN = $(BIN)/lmms-eval --tasks $(TASK) --batch_size 8 --log_samples --verbosity WARNING
+EVALUATE = $(BIN)/lmms-eval --tasks $(TASK) --batch_size 8 --log_samples --verbosity WARNING \
+	--model $(2) --output_path $(RUNS)/$(1) $(3) > $(RUNS)/$(1).log
+ARMS := $(addprefix $(RUNS)/,base malora lora malora_no_mmd)
 demo: .venv/installed
-	rm -rf $(RUNS)
-	$(RUN) --model keyspace_llava --output_path $(RUNS)/base
-	$(RUN) --model malora_llava --output_path $(RUNS)/malora
-	$(RUN) --model keyspace_llava --model_args peft=$(call ADAPTER,lora) --output_path $(RUNS)/lora
-	$(RUN) --model malora_llava --model_args peft=$(call ADAPTER,malora_no_mmd) --output_path $(RUNS)/malora_no_mmd
-	$(BIN)/lmms-keyspace compare $(RUNS)/base $(RUNS)/malora $(RUNS)/lora $(RUNS)/malora_no_mmd
-	$(BIN)/lmms-keyspace report $(RUNS)/base $(RUNS)/malora $(RUNS)/lora $(RUNS)/malora_no_mmd --out $(RUNS)/report
+	rm -rf $(RUNS) && mkdir -p $(RUNS)
+	$(call EVALUATE,base,keyspace_llava)
+	$(call EVALUATE,malora,malora_llava)
+	$(call EVALUATE,lora,keyspace_llava,--model_args peft=$(call ADAPTER,lora))
+	$(call EVALUATE,malora_no_mmd,malora_llava,--model_args peft=$(call ADAPTER,malora_no_mmd))
+	$(BIN)/lmms-keyspace compare $(ARMS)
+	$(BIN)/lmms-keyspace report $(ARMS) --out $(RUNS)/report
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from lmms_keyspace.reports.rows import MMD2, NATS
 from lmms_keyspace.reports.wording import interval, p_value, with_unit
 
 ALPHA = 0.05
@@ -71,7 +72,8 @@ def same_change(verdict: Verdict, all_verdicts: Sequence[Verdict]) -> list[str]:
         if same:
             theirs = ", ".join(f"{other.run} ({finding_of(other).change})" for other in same)
             sentences.append(
-                f"{name} {own.answer} here ({own.change}) and in {theirs}: that much is not specific to {verdict.run}."
+                f"{name} {own.answer} ({own.change}), and it {own.answer} in {theirs} too: "
+                f"that much of the change is not specific to {verdict.run}."
             )
         if rest:
             theirs = "; ".join(
@@ -100,7 +102,15 @@ def _headline(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
     if not compared:
         return ""
     row = compared[0]
-    return f"{row['label']} {with_unit(row['delta'], row['unit'], signed=True)}"
+    return f"{row['label']} {with_unit(row['delta'], row['unit'], signed=True)}{_of_the_base(row)}"
+
+
+def _of_the_base(row: pd.Series) -> str:
+    """`, -62.5 %` of the base's value: the scale of a divergence says little by itself. Empty for other units."""
+    if row["unit"] not in (MMD2, NATS):
+        return ""
+    base = row["value"] - row["delta"]
+    return f", {100 * row['delta'] / base:+.1f} %" if base > 0 else ""
 
 
 def _conclusive(row: pd.Series) -> bool:
@@ -137,7 +147,7 @@ def _sentence(row: pd.Series) -> str:
         return f"{row['label']}: {row['note']}."
     unit = row["unit"]
     limits = interval(row["delta_low"], row["delta_high"], unit, signed=True)
-    start = f"{row['label']}: {with_unit(row['delta'], unit, signed=True)} {limits}"
+    start = f"{row['label']}: {with_unit(row['delta'], unit, signed=True)} {limits}{_of_the_base(row)}"
     end = f" ({row['note']})." if row["note"] else "."
     if _conclusive(row):
         return f"{start}, adjusted p {p_value(row['p_adjusted'])}{end}"

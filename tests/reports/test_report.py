@@ -126,16 +126,17 @@ def test_the_verdict_separates_divergence_from_reliance(page, three_runs):
 def test_a_change_that_only_a_control_shows_is_said_of_the_control():
     table = pd.DataFrame(
         [
-            {"metric": "mmd2", "run": run, "delta": delta, "p_adjusted": p, "direction": 0, "unit": "MMD^2"}
+            {"metric": "mmd2", "run": run, "value": 0.4 + delta, "delta": delta, "p_adjusted": p, "unit": "MMD^2"}
             for run, delta, p in (("malora", -0.1, 0.001), ("lora", 0.0, 0.9))
         ]
-    ).assign(task="t", label="MMD^2", delta_low=-0.2, delta_high=0.1, mde=0.05, note="")
+    ).assign(task="t", label="MMD^2", direction=0, delta_low=-0.2, delta_high=0.1, mde=0.05, note="")
     malora, lora = verdicts(table)
     assert malora.reliance.answer == "not measured"
     assert lora.divergence.answer == "no change detected"
     assert same_change(malora, [malora, lora]) == [
-        "The divergence in the other runs: lora: no change detected (MMD^2 0.0000)."
+        "The divergence in the other runs: lora: no change detected (MMD^2 0.0000, +0.0 %)."
     ]
+    assert malora.divergence.change == "MMD^2 -0.1000, -25.0 %"
 
 
 def test_a_difference_that_may_not_be_taken_is_not_judged(tmp_path):
