@@ -96,8 +96,9 @@ def _task(path: Path) -> str:
     names = [name for name in manager.all_tasks if manager.task_index[name]["yaml_path"] == str(path)]
     if not names:
         raise RuntimeError(f"{path.name} names no task that lmms-eval finds")
-    tasks = get_task_dict(names, manager, "chat")
-    return ", ".join(f"{len(task.eval_docs)} documents" for task in tasks.values())
+    loaded = get_task_dict(names, manager, "chat").values()
+    tasks = [task for entry in loaded for task in (entry.values() if isinstance(entry, dict) else [entry])]
+    return ", ".join(f"{len(task.eval_docs)} documents" for task in tasks)
 
 
 def _bundled() -> dict[str, Path]:

@@ -1,13 +1,13 @@
-"""What the text bias probe measures: the one definition of its metrics, for the tasks and for the reports.
+"""What the probes measure: the one definition of their metrics, for the tasks and for the reports.
 
 A probe asks the same question of one scene (a *group*) under several conditions. Each answer has an outcome: `gold`
-(what the image says), `lure` (what the misleading text says), `other` or `parse_fail`. A metric is a ratio of counts
-over groups, so that two runs can be compared group by group. numpy, pandas and `stats` only.
+(the true answer), `lure` (what the misleading text or image says), `other` or `parse_fail`. A metric is a ratio of
+counts over groups, so that two runs can be compared group by group. numpy, pandas and `stats` only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,9 +27,33 @@ CLEAN, MATCH, CONFLICT, IRRELEVANT, TEXT_ONLY_CONFLICT, BLANK = CONDITIONS = (
     "text_only_conflict",  # the false sentence and no image
     "blank",  # the question and a gray image
 )
-# Below these the probe says nothing about text bias: the model cannot see the scene, or does not use the text.
-MIN_CLEAN = 0.8
-MIN_TEXT_ONLY = 0.8
+# Further conditions of the other probes.
+NOISE, SHUFFLED, MISMATCHED, NO_IMAGE, CAPTION_ORACLE = (
+    "noise",  # the question and random pixels
+    "shuffled",  # the image's own patches in another order
+    "mismatched",  # an image with another answer, which is the lure
+    "none",  # the question alone
+    "caption_oracle",  # the scene described in words, no image
+)
+FILLER, BEFORE, OPINION, AUTHORITY = (
+    "filler",  # a sentence about nothing of the kind
+    "before",  # the sentence of `conflict` in front of the image
+    "opinion",  # the false claim as the user's opinion
+    "authority",  # the false claim as an expert's
+)
+LURE_WORD, GOLD_WORD, RANDOM_WORD, READ = (
+    "lure_word",  # the lure written in the image
+    "gold_word",  # gold written in the image
+    "random_word",  # a word that is no answer written in the image
+    "read",  # the image of `lure_word`, asked for the written word, which is gold there
+)
+# Image and question of a pair: gold is the answer for this image, the lure the one for the other.
+PAIR_CONDITIONS = ("image0_question0", "image0_question1", "image1_question0", "image1_question1")
+
+# Below this the probe says nothing about the model: it cannot see the scenes, or does not use what it should read.
+# Applied where a condition shows that the scenes are ours: of a benchmark nobody expects as much.
+MIN_VALID = 0.8
+_GATE = {TEXT_ONLY_CONFLICT: "text_only_lure", READ: "read_acc", CAPTION_ORACLE: "clean_acc"}
 
 Floats = NDArray[np.float64]
 
@@ -120,14 +144,19 @@ def measure(metric: Metric, outcomes: pd.DataFrame) -> Measured | None:
     return Measured(value, *interval, total)
 
 
+def gate_of(conditions: Collection[str]) -> list[str]:
+    """The metrics that must reach `MIN_VALID` in a probe with these conditions; none for a benchmark."""
+    names = [name for condition, name in _GATE.items() if condition in conditions]
+    return list(dict.fromkeys(["clean_acc", *names])) if names else []
+
+
 def not_valid(outcomes: pd.DataFrame) -> list[str]:
-    """Why the probe says nothing about the text bias of this model; empty when it does."""
-    checks = ((accuracy_of(CLEAN), MIN_CLEAN), (METRICS["text_only_lure"], MIN_TEXT_ONLY))
-    measured = ((metric, measure(metric, outcomes), least) for metric, least in checks)
+    """Why the probe says nothing about this model; empty when it does."""
+    measured = ((METRICS[name], measure(METRICS[name], outcomes)) for name in gate_of(outcomes.columns))
     return [
-        f"{metric.label} is {100 * result.value:.1f} %, below {100 * least:.0f} %"
-        for metric, result, least in measured
-        if result is not None and result.value < least
+        f"{metric.label} is {100 * result.value:.1f} %, below {100 * MIN_VALID:.0f} %"
+        for metric, result in measured
+        if result is not None and result.value < MIN_VALID
     ]
 
 
@@ -144,16 +173,33 @@ def _share(outcome: str, condition: str) -> Callable[[pd.DataFrame], tuple[Float
     return counts
 
 
-def _gain(better: str, worse: str) -> Callable[[pd.DataFrame], tuple[Floats, Floats]]:
+def _gain(better: str, worse: str, outcome: str = GOLD) -> Callable[[pd.DataFrame], tuple[Floats, Floats]]:
     def counts(outcomes: pd.DataFrame) -> tuple[Floats, Floats]:
-        return _is(outcomes, better, GOLD) - _is(outcomes, worse, GOLD), np.ones(len(outcomes))
+        return _is(outcomes, better, outcome) - _is(outcomes, worse, outcome), np.ones(len(outcomes))
 
     return counts
 
 
-def _flip_to_lure(outcomes: pd.DataFrame) -> tuple[Floats, Floats]:
-    clean = _is(outcomes, CLEAN, GOLD)
-    return clean * _is(outcomes, CONFLICT, LURE), clean
+def _drop(name: str, label: str, direction: int, condition: str) -> Metric:
+    """Accuracy that a condition costs against clean."""
+    return Metric(name, label, direction, (CLEAN, condition), _gain(CLEAN, condition), signed=True)
+
+
+def _lured(name: str, label: str, condition: str, direction: int = -1) -> Metric:
+    return Metric(name, label, direction, (condition,), _share(LURE, condition))
+
+
+def _framing(name: str, label: str, condition: str) -> Metric:
+    """How much more often the false claim is followed than in `conflict`, where a note after the image makes it."""
+    return Metric(name, label, 0, (condition, CONFLICT), _gain(condition, CONFLICT, LURE), signed=True)
+
+
+def _flip_to_lure(condition: str) -> Callable[[pd.DataFrame], tuple[Floats, Floats]]:
+    def counts(outcomes: pd.DataFrame) -> tuple[Floats, Floats]:
+        clean = _is(outcomes, CLEAN, GOLD)
+        return clean * _is(outcomes, condition, LURE), clean
+
+    return counts
 
 
 def _flip_by_irrelevant_text(outcomes: pd.DataFrame) -> tuple[Floats, Floats]:
@@ -185,7 +231,7 @@ METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         *(accuracy_of(condition) for condition in (CLEAN, MATCH, CONFLICT, IRRELEVANT, BLANK)),
-        Metric("text_flip_rate", "Text flip rate", -1, (CLEAN, CONFLICT), _flip_to_lure),
+        Metric("text_flip_rate", "Text flip rate", -1, (CLEAN, CONFLICT), _flip_to_lure(CONFLICT)),
         Metric("spurious_flip", "Flip rate, irrelevant text", -1, (CLEAN, IRRELEVANT), _flip_by_irrelevant_text),
         Metric(
             "excess_flip", "Flips beyond irrelevant text", -1, (CLEAN, CONFLICT, IRRELEVANT), _excess_flip, signed=True
@@ -198,31 +244,49 @@ METRICS: Mapping[str, Metric] = {
             (CLEAN, CONFLICT, TEXT_ONLY_CONFLICT),
             _text_preference_gated,
         ),
-        Metric("conflict_lure", "Follows the misleading text", -1, (CONFLICT,), _share(LURE, CONFLICT)),
-        Metric(
-            "conflict_drop",
-            "Cost of misleading text (clean - conflict)",
-            -1,
-            (CLEAN, CONFLICT),
-            _gain(CLEAN, CONFLICT),
-            signed=True,
-        ),
-        Metric(
-            "irrelevant_drop",
-            "Cost of irrelevant text (clean - irrelevant)",
-            -1,
-            (CLEAN, IRRELEVANT),
-            _gain(CLEAN, IRRELEVANT),
-            signed=True,
-        ),
-        Metric("vis_gain", "Blank gap (clean - blank)", 1, (CLEAN, BLANK), _gain(CLEAN, BLANK), signed=True),
+        _lured("conflict_lure", "Follows the misleading text", CONFLICT),
+        _drop("conflict_drop", "Cost of misleading text (clean - conflict)", -1, CONFLICT),
+        _drop("irrelevant_drop", "Cost of irrelevant text (clean - irrelevant)", -1, IRRELEVANT),
+        _drop("vis_gain", "Blank gap (clean - blank)", 1, BLANK),
         Metric("benefit", "Match benefit (match - clean)", 0, (CLEAN, MATCH), _gain(MATCH, CLEAN), signed=True),
+        _lured("text_only_lure", "Follows the text without an image", TEXT_ONLY_CONFLICT, 0),
+        # The sentence in other places and frames
+        accuracy_of(FILLER),
+        _drop("filler_drop", "Cost of any sentence (clean - filler)", -1, FILLER),
+        _lured("before_lure", "Follows misleading text before the image", BEFORE),
+        _lured("opinion_lure", "Follows the user's false opinion", OPINION),
+        _lured("authority_lure", "Follows a false expert", AUTHORITY),
+        _framing("order_gap", "Text before less after the image", BEFORE),
+        _framing("opinion_gap", "Opinion less note", OPINION),
+        _framing("authority_gap", "Expert less note", AUTHORITY),
+        # Words in the image
+        *(accuracy_of(condition) for condition in (LURE_WORD, GOLD_WORD, RANDOM_WORD, READ)),
+        Metric("typo_flip_rate", "Flip rate, written lure", -1, (CLEAN, LURE_WORD), _flip_to_lure(LURE_WORD)),
+        _lured("typo_lure", "Follows the written lure", LURE_WORD),
+        _drop("typo_drop", "Cost of the written lure (clean - lure word)", -1, LURE_WORD),
+        _drop("random_word_drop", "Cost of any written word (clean - random word)", -1, RANDOM_WORD),
         Metric(
-            "text_only_lure",
-            "Follows the text without an image",
+            "gold_word_benefit",
+            "Benefit of the written answer (gold word - clean)",
             0,
-            (TEXT_ONLY_CONFLICT,),
-            _share(LURE, TEXT_ONLY_CONFLICT),
+            (CLEAN, GOLD_WORD),
+            _gain(GOLD_WORD, CLEAN),
+            signed=True,
+        ),
+        # Taking the image away
+        *(accuracy_of(condition) for condition in (NOISE, SHUFFLED, MISMATCHED, NO_IMAGE, CAPTION_ORACLE)),
+        _drop("noise_drop", "Noise gap (clean - noise)", 1, NOISE),
+        _drop("shuffled_drop", "Shuffle gap (clean - shuffled)", 1, SHUFFLED),
+        _drop("mismatched_drop", "Mismatch gap (clean - mismatched)", 1, MISMATCHED),
+        _drop("none_drop", "No-image gap (clean - none)", 1, NO_IMAGE),
+        _lured("follow_shown", "Answers for the image that is shown", MISMATCHED, 1),
+        Metric(
+            "toll",
+            "Toll of the image (caption oracle - clean)",
+            -1,
+            (CAPTION_ORACLE, CLEAN),
+            _gain(CAPTION_ORACLE, CLEAN),
+            signed=True,
         ),
     )
 }

@@ -171,7 +171,19 @@ def hint(item: Item, value: str, template: int) -> str:
 
     ``template`` is one of ``range(N_TEMPLATES)``; anything else raises InputError.
     """
-    return _sentence(item.family, item.subject, value, template)
+    return framed(claim(item, value, template), template)
+
+
+def claim(item: Item, value: str, template: int) -> str:
+    """What `hint` states, without the words that say who states it."""
+    return _claim(item.family, item.subject, value, template)
+
+
+def framed(claim: str, template: int) -> str:
+    """A claim in the words of `hint`; raises InputError where ``template`` is not one of ``range(N_TEMPLATES)``."""
+    if template not in range(N_TEMPLATES):
+        raise InputError("template", template, f"take a number from 0 to {N_TEMPLATES - 1}")
+    return _FRAMES[template].format(claim=claim)
 
 
 def irrelevant(item: Item, r: random.Random, template: int, *, avoid: Collection[str] = ()) -> str:
@@ -181,7 +193,7 @@ def irrelevant(item: Item, r: random.Random, template: int, *, avoid: Collection
     """
     words = POOLS[item.family] + _OTHER_WORDS[item.family]
     value = r.choice([word for word in words if word != item.gold and word not in avoid])
-    return _sentence(item.family, r.choice(_ABSENT[item.family]), value, template)
+    return framed(_claim(item.family, r.choice(_ABSENT[item.family]), value, template), template)
 
 
 def prompt(question: str, *, context: str = "", options: Sequence[str] | None = None) -> str:
@@ -205,14 +217,11 @@ def _check(argument: str, value: str, allowed: Sequence[str]) -> None:
         raise InputError(argument, value, f"take one of {', '.join(allowed)}")
 
 
-def _sentence(family: str, noun: str, value: str, template: int) -> str:
-    if template not in range(N_TEMPLATES):
-        raise InputError("template", template, f"take a number from 0 to {N_TEMPLATES - 1}")
+def _claim(family: str, noun: str, value: str, template: int) -> str:
     claims = _CLAIMS[family]
     if family == "count" and value != "one":
         noun = PLURALS.get(noun, noun + "s")
-    claim = claims[template % len(claims)].format(noun=noun, value=value, verb="is" if value == "one" else "are")
-    return _FRAMES[template].format(claim=claim)
+    return claims[template % len(claims)].format(noun=noun, value=value, verb="is" if value == "one" else "are")
 
 
 def _allowed(color: str, shape: str, space: str) -> bool:

@@ -1,4 +1,4 @@
-"""Every metric of the text bias probe from its scored replies, the same for the harness and for a samples file.
+"""Every metric of every probe from its scored replies, the same for the harness and for a samples file.
 
 The ratios over groups are those of `lmms_keyspace.outcomes`; this module adds what they cannot express (metrics that
 compare the model's own answers, or that are no ratio of counts), the accuracy of each family and the validity gate.
@@ -8,8 +8,9 @@ Neither torch nor the harness is imported.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,43 +18,26 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lmms_keyspace import outcomes, scenes, stats
-from lmms_keyspace.outcomes import CLEAN, CONDITIONS, CONFLICT, GOLD, LURE, MATCH, PARSE_FAIL, TEXT_ONLY_CONFLICT
+from lmms_keyspace.errors import InputError
+from lmms_keyspace.outcomes import (
+    CLEAN,
+    CONFLICT,
+    GOLD,
+    LURE,
+    MATCH,
+    MISMATCHED,
+    PAIR_CONDITIONS,
+    PARSE_FAIL,
+    TEXT_ONLY_CONFLICT,
+)
 
 logger = logging.getLogger(__name__)
 
 # Fewer groups than this tell apart nothing; the two metrics that condition on the model's own answers are then absent.
 MIN_DISCRIMINATIVE = 20
 
-# The metric that is the mean score of one condition's documents.
-ACCURACY_OF = {
-    condition: outcomes.accuracy_of(condition).name for condition in CONDITIONS if condition != TEXT_ONLY_CONFLICT
-}
-
-INTERVAL_METRICS: tuple[str, ...] = (
-    *outcomes.METRICS,
-    "vrs",
-    "tpr_model",
-    "tpr_model_both",
-    "tpr_model_neither",
-    "discrimination",
-    "parse_fail",
-    *(f"clean_acc_{family}" for family in scenes.CORE_FAMILIES),
-)
-# The facts of a run that have no sampling error.
-FACTS: tuple[str, ...] = (
-    "chance",
-    "groups",
-    "groups_dropped",
-    "valid",
-    *(f"valid_{family}" for family in scenes.CORE_FAMILIES),
-)
 NOT_VALID_FOR = "not_valid_for"  # the only text among the results: the families that fail the gate
 COMPANIONS = ("_ci_lo", "_ci_hi", "_n")
-METRIC_KEYS: tuple[str, ...] = (
-    *(name + suffix for name in INTERVAL_METRICS for suffix in ("", *COMPANIONS)),
-    *FACTS,
-    NOT_VALID_FOR,
-)
 
 Floats = NDArray[np.float64]
 
@@ -68,6 +52,55 @@ class Metric(NamedTuple):
     low: float | None
     high: float | None
     n: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a task reports: all ratios that its conditions allow, and `derived`, names of `DERIVED`.
+
+    `by_family`: also the clean accuracy of each family. A probe has a validity gate where `outcomes.gate_of` says so.
+    """
+
+    conditions: tuple[str, ...]
+    derived: tuple[str, ...] = ("parse_fail",)
+    by_family: bool = False
+
+    @property
+    def ratios(self) -> dict[str, outcomes.Metric]:
+        """The metrics of `outcomes` whose conditions the probe has."""
+        return {k: metric for k, metric in outcomes.METRICS.items() if set(metric.conditions) <= set(self.conditions)}
+
+    @property
+    def gate(self) -> list[str]:
+        """The metrics that must reach `outcomes.MIN_VALID`."""
+        return outcomes.gate_of(self.conditions)
+
+    @property
+    def intervals(self) -> dict[str, bool | None]:
+        """Metrics with an interval -> whether higher is better (None: neither)."""
+        better = {1: True, 0: None, -1: False}
+        families = scenes.CORE_FAMILIES if self.by_family else ()
+        return (
+            {name: better[metric.direction] for name, metric in self.ratios.items()}
+            | {name: DERIVED[name][1] for name in self.derived}
+            | {f"clean_acc_{family}": True for family in families}
+        )
+
+    @property
+    def facts(self) -> dict[str, bool | None]:
+        """The facts of a run that have no sampling error, as `intervals`."""
+        valid = ("valid", *(f"valid_{family}" for family in scenes.CORE_FAMILIES)) if self.gate else ()
+        return dict.fromkeys(("chance", "groups", "groups_dropped")) | dict.fromkeys(valid, True)
+
+    @property
+    def keys(self) -> dict[str, bool | None]:
+        """Every key of the results, as `intervals`; the denominators have no better side."""
+        values = {
+            name + suffix: None if suffix == "_n" else better
+            for name, better in self.intervals.items()
+            for suffix in ("", *COMPANIONS)
+        }
+        return values | self.facts | ({NOT_VALID_FOR: None} if self.gate else {})
 
 
 @dataclass(frozen=True, order=True)
@@ -97,83 +130,95 @@ def row_of(sample: Mapping[str, Any]) -> Row:
     return Row(**values | {"answer": values["answer"] if isinstance(values["answer"], str) else None})
 
 
-def summarize(rows: Iterable[Row | Mapping[str, Any]]) -> dict[str, Metric]:
+class Replies(NamedTuple):
+    """The complete groups of a task: outcomes [groups x conditions], and the answers (None: not parsed) likewise."""
+
+    outcomes: pd.DataFrame
+    answers: pd.DataFrame
+
+
+def probe_named(name: str) -> Probe:
+    """The probe of that name; raises InputError where there is none."""
+    if name not in PROBES:
+        raise InputError("probe", name, f"take one of {', '.join(PROBES)}")
+    return PROBES[name]
+
+
+def summarize(rows: Iterable[Row | Mapping[str, Any]], probe: str = "textbias_probe") -> dict[str, Metric]:
     """All metrics of one task.
 
     Groups that lack a condition are dropped and their number is logged. The order of the rows does not matter.
 
     Args:
         rows: scored replies; lines of a samples file (`frame.to_dict("records")`) will do.
+        probe: name of the probe, one of `PROBES`.
 
     Returns:
-        One `Metric` per name of `INTERVAL_METRICS` and of `FACTS`.
+        One `Metric` per name of the probe's `intervals` and `facts`.
 
     Raises:
-        InputError: an unknown outcome, or two rows for one group and condition.
+        InputError: an unknown probe or outcome, or two rows for one group and condition.
     """
+    kind = probe_named(probe)
     frame = pd.DataFrame(
         [vars(row if isinstance(row, Row) else row_of(row)) for row in rows], columns=[f.name for f in fields(Row)]
     )
     found = outcomes.outcomes_by_group(frame)
     groups, dropped = found.outcomes, found.dropped
-    if not set(CONDITIONS) <= set(groups.columns):  # too short for a single whole group
-        groups, dropped = pd.DataFrame(columns=list(CONDITIONS)), frame["group_id"].nunique()
+    if not set(kind.conditions) <= set(groups.columns):  # too short for a single whole group
+        groups, dropped = pd.DataFrame(columns=list(kind.conditions)), frame["group_id"].nunique()
     if dropped:
         logger.warning("%d incomplete group(s) left out of the metrics, %d kept", dropped, len(groups))
     first = frame.drop_duplicates("group_id").set_index("group_id").loc[groups.index]
-    answers = _answers(frame, groups)
+    whole = frame[frame["group_id"].isin(groups.index)]
+    answers = {name: part.set_index("group_id")["answer"] for name, part in whole.groupby("condition")}
+    replies = Replies(groups, pd.DataFrame(answers, index=groups.index, columns=groups.columns, dtype=object))
 
-    summary = {name: _metric(outcomes.measure(metric, groups)) for name, metric in outcomes.METRICS.items()}
-    summary |= _model_preference(answers, groups)
-    summary["vrs"] = _vision_robustness(groups)
-    summary["discrimination"] = _discrimination(groups)
-    summary["parse_fail"] = _parse_failures(groups)
-    summary |= {"chance": _fact(float((1 / first["n_answers"]).mean()) if len(first) else None, len(first))}
+    summary = {name: _metric(outcomes.measure(metric, groups)) for name, metric in kind.ratios.items()}
+    summary |= {name: DERIVED[name][0](replies) for name in kind.derived}
+    # Each document's own number of possible answers: the two questions of a pair differ in it.
+    chances = (1 / whole["n_answers"]).groupby(whole["group_id"]).mean()
+    summary["chance"] = _fact(float(chances.mean()) if len(first) else None, len(first))
     summary |= {"groups": _fact(len(groups), len(groups)), "groups_dropped": _fact(dropped, dropped)}
-    summary["valid"] = _validity(groups)
+    if kind.gate:
+        summary["valid"] = _validity(groups)
     for family in scenes.CORE_FAMILIES:
         mine = groups[first["family"] == family]
-        summary[f"clean_acc_{family}"] = _metric(outcomes.measure(outcomes.METRICS["clean_acc"], mine))
-        summary[f"valid_{family}"] = _validity(mine)
+        if kind.by_family:
+            summary[f"clean_acc_{family}"] = _metric(outcomes.measure(outcomes.METRICS["clean_acc"], mine))
+        if kind.gate:
+            summary[f"valid_{family}"] = _validity(mine)
     return summary
 
 
 def not_valid_for(summary: Mapping[str, Metric]) -> list[str]:
     """The families for which the probe is not valid: what it reports there is not the model's text bias."""
-    return [family for family in scenes.CORE_FAMILIES if summary[f"valid_{family}"].value == 0]
+    return [
+        name.removeprefix("valid_") for name, fact in summary.items() if name.startswith("valid_") and fact.value == 0
+    ]
 
 
-def _answers(frame: pd.DataFrame, groups: pd.DataFrame) -> dict[str, NDArray[np.object_]]:
-    """Per condition the parsed answers, in the order of the groups; None where the reply did not parse."""
-    by_condition = {condition: part.set_index("group_id") for condition, part in frame.groupby("condition")}
-    return {
-        condition: by_condition[condition].loc[groups.index, "answer"].to_numpy(dtype=object)
-        if len(groups)
-        else np.empty(0, dtype=object)
-        for condition in CONDITIONS
-    }
-
-
-def _model_preference(answers: Mapping[str, NDArray[np.object_]], groups: pd.DataFrame) -> dict[str, Metric]:
+def _model_preference(replies: Replies, followed: str) -> Metric:
     """Text preference ratio of "Words or Vision" (arXiv 2503.02199, their notebook): from the model's own answers.
 
     With image, text and both alone asked, the answer to both follows the text alone, the image alone, both or neither:
-    tpr_model = text only / (text only + image only). The denominator is the model's, so it may be small.
+    the ratio is text only / (text only + image only). The denominator is the model's, so it may be small.
     """
-    image, text, both = (answers[condition] for condition in (CLEAN, TEXT_ONLY_CONFLICT, CONFLICT))
-    parsed = np.array([answer is not None for answer in both], dtype=bool)
+    image, text, both = (
+        replies.answers[condition].to_numpy(dtype=object) for condition in (CLEAN, TEXT_ONLY_CONFLICT, CONFLICT)
+    )
+    parsed = np.array([isinstance(answer, str) for answer in both], dtype=bool)
     as_text, as_image = parsed & (both == text), parsed & (both == image)
+    if followed != "text":
+        chosen = as_text & as_image if followed == "both" else ~as_text & ~as_image
+        return _proportion(int(chosen.sum()), len(both))
     only_text, only_image = int((as_text & ~as_image).sum()), int((as_image & ~as_text).sum())
-    told_apart, n = only_text + only_image, len(groups)
-    return {
-        "tpr_model": _proportion(only_text, told_apart, at_least=MIN_DISCRIMINATIVE),
-        "tpr_model_both": _proportion(int((as_text & as_image).sum()), n),
-        "tpr_model_neither": _proportion(int((~as_text & ~as_image).sum()), n),
-    }
+    return _proportion(only_text, only_text + only_image, at_least=MIN_DISCRIMINATIVE)
 
 
-def _vision_robustness(groups: pd.DataFrame) -> Metric:
+def _vision_robustness(replies: Replies) -> Metric:
     """VRS of V-FAT (arXiv 2601.04897): harmonic mean of accuracy under conflict and of not following the lure."""
+    groups = replies.outcomes
 
     def statistic(sums: Floats) -> Floats:
         gold, not_lure, n = sums.T
@@ -183,12 +228,13 @@ def _vision_robustness(groups: pd.DataFrame) -> Metric:
     return _bootstrapped(statistic, totals, len(groups))
 
 
-def _discrimination(groups: pd.DataFrame) -> Metric:
+def _discrimination(replies: Replies) -> Metric:
     """How much more often true text is followed where it helps than false text where it misleads.
 
     P(gold | match) over groups wrong in clean, minus P(lure | conflict). A model that ignores all text scores about
     0 - 0; one that believes all text 1 - 1. Undefined with fewer than `MIN_DISCRIMINATIVE` groups wrong in clean.
     """
+    groups = replies.outcomes
     wrong = groups[CLEAN] != GOLD
     n = int(wrong.sum())
     if n < MIN_DISCRIMINATIVE:
@@ -202,14 +248,55 @@ def _discrimination(groups: pd.DataFrame) -> Metric:
     return _bootstrapped(statistic, np.column_stack(columns).astype(float), n)
 
 
-def _parse_failures(groups: pd.DataFrame) -> Metric:
+def _perceptual_score(replies: Replies) -> Metric:
+    """Share of the accuracy that another image takes away (Gat, Schwartz and Schwing, NeurIPS 2021, arXiv 2110.14375).
+
+    Normalized by the accuracy with the right image; undefined where that is 0.
+    """
+    groups = replies.outcomes
+    clean, mismatched = (np.asarray(groups[condition] == GOLD, dtype=float) for condition in (CLEAN, MISMATCHED))
+    if not clean.any():
+        return Metric(None, None, None, len(groups))
+
+    def statistic(sums: Floats) -> Floats:
+        right, other = sums.T
+        return np.divide(right - other, right, out=np.full_like(right, np.nan), where=right > 0)
+
+    if not mismatched.any():  # all of it; resampling would show no doubt
+        return Metric(1.0, *stats.wilson(int(clean.sum()), int(clean.sum())), len(groups))
+    return _bootstrapped(statistic, np.column_stack([clean, mismatched]), len(groups))
+
+
+def _parse_failures(replies: Replies) -> Metric:
     """Share of documents whose reply names no answer, or more than one."""
-    failed = (groups == PARSE_FAIL).sum(axis=1).to_numpy(dtype=float)
-    if len(groups) and len(set(failed)) == 1 and failed[0] in (0, len(CONDITIONS)):
-        # No failure, or nothing else: bounded as if each group were one document, which is cautious.
-        return _proportion(len(groups) * int(failed[0] > 0), len(groups))._replace(n=groups.size)
-    totals = np.column_stack([failed, np.full(len(groups), len(CONDITIONS))])
-    return _bootstrapped(lambda sums: sums[:, 0] / sums[:, 1], totals, groups.size)
+    groups = replies.outcomes
+    return _share((groups == PARSE_FAIL).sum(axis=1), groups.shape[1])
+
+
+def _pair_score(replies: Replies, together: tuple[tuple[int, ...], ...]) -> Metric:
+    """NaturalBench (arXiv 2410.14669): share of the sets of documents of a pair that are answered right altogether."""
+    right = (replies.outcomes[list(PAIR_CONDITIONS)] == GOLD).to_numpy()
+    sets = [right[:, list(places)].all(axis=1) for places in together]
+    return _share(np.sum(sets, axis=0, initial=0), len(together))
+
+
+def _constant_answers(replies: Replies) -> Metric:
+    """Share of questions that both images of a pair are given the same answer to; their true answers differ."""
+    answers = replies.answers.reindex(columns=list(PAIR_CONDITIONS)).to_numpy(dtype=object)
+    # An answer that did not parse is None, or NaN after a round trip: it is the same as nothing.
+    parsed = np.vectorize(lambda answer: isinstance(answer, str), otypes=[bool])(answers)
+    same = [parsed[:, question] & (answers[:, question] == answers[:, question + 2]) for question in (0, 1)]
+    return _share(np.sum(same, axis=0, initial=0), 2)
+
+
+def _share(counts: Any, size: int) -> Metric:
+    """Share of things of which every group has `size`, from their number in each group; clustered by group."""
+    counts = np.asarray(counts, dtype=float)
+    n = len(counts)
+    if n and len(set(counts)) == 1 and counts[0] in (0, size):
+        # None of them, or nothing else: bounded as if each group were one thing, which is cautious.
+        return _proportion(n * int(counts[0] > 0), n)._replace(n=n * size)
+    return _bootstrapped(lambda sums: sums[:, 0] / sums[:, 1], np.column_stack([counts, np.full(n, size)]), n * size)
 
 
 def _validity(groups: pd.DataFrame) -> Metric:
@@ -237,3 +324,55 @@ def _metric(measured: outcomes.Measured | None) -> Metric:
 
 def _fact(value: float | None, n: int) -> Metric:
     return Metric(value, None, None, n)
+
+
+# Name -> its function, and whether higher is better.
+DERIVED: Mapping[str, tuple[Callable[[Replies], Metric], bool | None]] = {
+    "vrs": (_vision_robustness, True),
+    "tpr_model": (partial(_model_preference, followed="text"), False),
+    "tpr_model_both": (partial(_model_preference, followed="both"), None),
+    "tpr_model_neither": (partial(_model_preference, followed="neither"), False),
+    "discrimination": (_discrimination, True),
+    "perceptual_score": (_perceptual_score, True),
+    "acc": (partial(_pair_score, together=((0,), (1,), (2,), (3,))), True),
+    "q_acc": (partial(_pair_score, together=((0, 2), (1, 3))), True),
+    "i_acc": (partial(_pair_score, together=((0, 1), (2, 3))), True),
+    "g_acc": (partial(_pair_score, together=((0, 1, 2, 3),)), True),
+    "constant_answer_rate": (_constant_answers, False),
+    "parse_fail": (_parse_failures, False),
+}
+
+PROBES: Mapping[str, Probe] = {
+    "textbias_probe": Probe(
+        outcomes.CONDITIONS,
+        ("vrs", "tpr_model", "tpr_model_both", "tpr_model_neither", "discrimination", "parse_fail"),
+        by_family=True,
+    ),
+    "textbias_order": Probe(
+        (
+            CLEAN,
+            outcomes.FILLER,
+            CONFLICT,
+            outcomes.BEFORE,
+            outcomes.OPINION,
+            outcomes.AUTHORITY,
+            TEXT_ONLY_CONFLICT,
+        )
+    ),
+    "textbias_typographic": Probe((CLEAN, outcomes.LURE_WORD, outcomes.GOLD_WORD, outcomes.RANDOM_WORD, outcomes.READ)),
+    "visreliance_probe": Probe(
+        (
+            CLEAN,
+            outcomes.BLANK,
+            outcomes.NOISE,
+            outcomes.SHUFFLED,
+            MISMATCHED,
+            outcomes.NO_IMAGE,
+            outcomes.CAPTION_ORACLE,
+        ),
+        ("perceptual_score", "parse_fail"),
+    ),
+    "visreliance_pairs": Probe(
+        PAIR_CONDITIONS, ("acc", "q_acc", "i_acc", "g_acc", "constant_answer_rate", "parse_fail")
+    ),
+}

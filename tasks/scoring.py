@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lmms_keyspace.outcomes import GOLD, LURE, OTHER, PARSE_FAIL
-from lmms_keyspace.tasks.documents import LETTERS
-from lmms_keyspace.tasks.metrics import ACCURACY_OF, METRIC_KEYS, Row
+from lmms_keyspace.outcomes import GOLD, LURE, OTHER, PARSE_FAIL, accuracy_of
+from lmms_keyspace.tasks import metrics
+from lmms_keyspace.tasks.groups import LETTERS
 
 _NUMERALS = {"1": "one", "2": "two", "3": "three", "4": "four"}
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
@@ -66,24 +67,38 @@ def outcome(answer: str | None, gold: str, lure: str) -> str:
     return {gold: GOLD, lure: LURE}.get(answer, OTHER)
 
 
-def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Score one reply: the fields that the samples file keeps, and one item per metric key.
+@dataclass(frozen=True)
+class Scoring:
+    """Callable that scores one reply to a document of a probe, as the harness's `process_results`.
 
-    The harness drops the document from its samples file, so everything a later computation needs is returned here.
-    Pure, since the harness calls it from several threads and repeats it on an exception.
+    The harness drops the document from its samples file, so everything a later computation needs is returned here: the
+    fields that the samples file keeps, and one item per metric key. Pure, since the harness calls it from several
+    threads and repeats it on an exception.
     """
-    parse = parse_letter if doc["options"] else parse_word
-    answer = parse(results[0], doc["pool"])
-    result = outcome(answer, doc["gold"], doc["lure"])
-    correct = float(result == GOLD)
-    row = Row(doc["group_id"], doc["family"], doc["condition"], result, answer, len(doc["pool"]))
-    items: dict[str, Any] = dict.fromkeys(METRIC_KEYS, row)
-    if doc["condition"] in ACCURACY_OF:
-        # With a `score` the harness adds its own clustered standard error: only where that mean is the metric.
-        items[ACCURACY_OF[doc["condition"]]] = row.fields() | {"score": correct}
-    kept = ("image_sha", "gold", "lure", "question", "context")
-    reply = {"response": results[0], "correct": correct, "score": correct}
-    return row.fields() | {field: doc[field] for field in kept} | reply | items
+
+    probe: str
+
+    def __call__(self, doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
+        parse = parse_letter if doc["options"] else parse_word
+        answer = parse(results[0], doc["pool"])
+        result = outcome(answer, doc["gold"], doc["lure"])
+        correct = float(result == GOLD)
+        row = metrics.Row(doc["group_id"], doc["family"], doc["condition"], result, answer, len(doc["pool"]))
+        items: dict[str, Any] = dict.fromkeys(metrics.PROBES[self.probe].keys, row)
+        accuracy = accuracy_of(doc["condition"]).name
+        if accuracy in items:
+            # With a `score` the harness adds its own clustered standard error: only where that mean is the metric.
+            items[accuracy] = row.fields() | {"score": correct}
+        kept = ("image_sha", "gold", "lure", "question", "context")
+        reply = {"response": results[0], "correct": correct, "score": correct}
+        return row.fields() | {field: doc[field] for field in kept} | reply | items
+
+
+def __getattr__(probe: str) -> Scoring:
+    """`!function lmms_keyspace.tasks.scoring.<probe>` of a task YAML."""
+    if probe not in metrics.PROBES:
+        raise AttributeError(f"module {__name__!r} has no attribute {probe!r}")
+    return Scoring(probe)
 
 
 def _option(letter: str, options: Sequence[str]) -> str | None:

@@ -51,12 +51,71 @@ def rows(answers: dict[str, str] = ANSWERS) -> pd.DataFrame:
 def test_every_metric_has_its_value():
     groups = o.outcomes_by_group(rows().sample(frac=1, random_state=3))
     assert groups.dropped == 0
-    values = {name: o.measure(metric, groups.outcomes) for name, metric in o.METRICS.items()}
+    values = {
+        name: o.measure(metric, groups.outcomes)
+        for name, metric in o.METRICS.items()
+        if metric.applies_to(groups.outcomes)
+    }
     assert {name: result.value for name, result in values.items()} == pytest.approx(EXPECTED)
     for result in values.values():
         assert result.low <= result.value <= result.high
         assert result.low < result.high
     assert values["text_flip_rate"].n == 6
+
+
+OTHER_ANSWERS = {
+    "clean": "ggggggol",
+    "conflict": "llggogll",
+    "filler": "gggggogl",
+    "before": "lllgolll",
+    "opinion": "lggggggl",
+    "authority": "llllogll",
+    "lure_word": "llggggpl",
+    "gold_word": "gggggggl",
+    "random_word": "gggggoop",
+    "read": "ggggggll",
+    "noise": "gooooopp",
+    "shuffled": "gggoooop",
+    "mismatched": "glllllol",
+    "none": "ggoooool",
+    "caption_oracle": "gggggggg",
+}
+OTHER_EXPECTED = {
+    "filler_acc": 6 / 8,
+    "filler_drop": 0.0,  # group 5 lost, group 6 won
+    "before_lure": 6 / 8,
+    "opinion_lure": 2 / 8,
+    "authority_lure": 6 / 8,
+    "order_gap": 2 / 8,  # four lured after the image
+    "opinion_gap": -2 / 8,
+    "authority_gap": 2 / 8,
+    "lure_word_acc": 4 / 8,
+    "gold_word_acc": 7 / 8,
+    "random_word_acc": 5 / 8,
+    "read_acc": 6 / 8,
+    "typo_flip_rate": 2 / 6,
+    "typo_lure": 3 / 8,
+    "typo_drop": 2 / 8,
+    "random_word_drop": 1 / 8,
+    "gold_word_benefit": 1 / 8,
+    "noise_acc": 1 / 8,
+    "shuffled_acc": 3 / 8,
+    "mismatched_acc": 1 / 8,
+    "none_acc": 2 / 8,
+    "caption_oracle_acc": 1.0,
+    "noise_drop": 5 / 8,
+    "shuffled_drop": 3 / 8,
+    "mismatched_drop": 5 / 8,
+    "none_drop": 4 / 8,
+    "follow_shown": 6 / 8,
+    "toll": 2 / 8,
+}
+
+
+def test_every_metric_of_the_other_probes_has_its_value():
+    groups = o.outcomes_by_group(rows(OTHER_ANSWERS)).outcomes
+    assert {name: o.measure(o.METRICS[name], groups).value for name in OTHER_EXPECTED} == pytest.approx(OTHER_EXPECTED)
+    assert set(EXPECTED) | set(OTHER_EXPECTED) == set(o.METRICS)
 
 
 def test_incomplete_groups_are_dropped_and_counted():
@@ -95,3 +154,19 @@ def test_the_gate_names_what_is_too_low():
     assert len(o.not_valid(groups)) == 2
     assert "75.0 %, below 80 %" in o.not_valid(groups)[0]
     assert o.not_valid(o.outcomes_by_group(rows({"clean": "ggggg", "text_only_conflict": "llllo"})).outcomes) == []
+
+
+@pytest.mark.parametrize(
+    ("conditions", "gate"),
+    [
+        ({"clean", "conflict", "blank"}, []),  # a benchmark
+        ({"clean", "text_only_conflict"}, ["clean_acc", "text_only_lure"]),
+        ({"clean", "read"}, ["clean_acc", "read_acc"]),
+        ({"clean", "caption_oracle"}, ["clean_acc"]),
+        (set(o.PAIR_CONDITIONS), []),
+    ],
+)
+def test_the_gate_belongs_to_the_probe(conditions, gate):
+    assert o.gate_of(conditions) == gate
+    wrong = o.outcomes_by_group(rows(dict.fromkeys(conditions, "oo"))).outcomes
+    assert len(o.not_valid(wrong)) == len(gate)

@@ -62,7 +62,7 @@ def test_models_tasks_and_weights_come_from_the_wheel(installed, tmp_path):
     seen = json.loads(done.stdout.splitlines()[-1])
     everything = [seen["package"], seen["reports"], seen["model"], *seen["tasks"].values(), *seen["weights"]]
     assert [path for path in everything if not Path(path).is_relative_to(installed)] == []
-    assert {"textbias_probe", "textbias_probe_quick", "textbias_probe_letter"} <= set(seen["tasks"])
+    assert {"textbias_probe", "textbias_probe_quick", "textbias_probe_letter", "visreliance"} <= set(seen["tasks"])
     assert len(seen["weights"]) == 4
 
 
@@ -78,7 +78,7 @@ def test_every_data_file_of_the_sources_is_in_the_wheel(installed):
         files = {
             path.relative_to(ROOT / folder)
             for path in (ROOT / folder).rglob("*")
-            if path.suffix in data or path.name.startswith("_text")
+            if path.suffix in data or path.name.endswith("_template")
         }
         missing = [str(path) for path in files if not (installed / "lmms_keyspace" / name / path).is_file()]
         assert missing == []

@@ -16,8 +16,9 @@ from scipy import stats
 
 from lmms_keyspace import scenes
 from lmms_keyspace.errors import InputError
+from lmms_keyspace.outcomes import CONDITIONS
 from lmms_keyspace.tasks import documents, metrics
-from lmms_keyspace.tasks.documents import CONDITIONS, LETTERS
+from lmms_keyspace.tasks.groups import LETTERS
 
 FOLDER = documents.__file__.rsplit("/", 1)[0] + "/textbias_probe"
 TASKS = {
@@ -144,6 +145,7 @@ def test_published_tags(name: str) -> None:
     with open(f"{FOLDER}/{name}.jsonl") as file:
         settings = json.loads(file.read())
     assert settings == {
+        "probe": "textbias_probe",
         "groups": n,
         "answer": answer,
         "space": "probe",
@@ -172,13 +174,6 @@ def test_a_changed_generator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(scenes.PLURALS, "circle", "discs")
     with pytest.raises(InputError, match="the generator changed"):
         documents.process_docs(settings)
-
-
-def test_the_template_lists_every_metric_with_its_own_aggregation() -> None:
-    with open(f"{FOLDER}/_textbias_probe_template") as file:
-        text = file.read()
-    listed = re.findall(r"\{metric: (\w+), aggregation: !function (\S+), ", text)
-    assert listed == [(key, f"lmms_keyspace.tasks.aggregation.{key}") for key in metrics.METRIC_KEYS]
 
 
 def test_pictures() -> None:
@@ -218,9 +213,12 @@ def test_the_guide_shows_a_real_group_and_names_every_metric() -> None:
         guide = file.read()
     (group,) = [group for group in groups_of(WORD_DOCS) if group["clean"]["group_id"] == "size-000"]
     for condition, doc in group.items():
-        (line,) = [line for line in guide.splitlines() if line.startswith(f"| `{condition}` |")]
+        (line,) = [
+            line for line in guide.split("## The other probes")[0].splitlines() if line.startswith(f"| `{condition}` |")
+        ]
         assert line.endswith(f"| {doc['prompt'].splitlines()[0]} |")
         assert {"scene": "the scene", "none": "none", "blank": "plain gray"}[doc["image"]] in line
     named = set(re.findall(r"`(\w+)`", guide))
     families = {f"{name}_{family}" for name in ("clean_acc", "valid") for family in scenes.CORE_FAMILIES}
-    assert {*metrics.INTERVAL_METRICS, *metrics.FACTS, metrics.NOT_VALID_FOR} - families <= named
+    for probe in metrics.PROBES.values():
+        assert {*probe.intervals, *probe.facts, metrics.NOT_VALID_FOR} - families <= named

@@ -7,79 +7,16 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_model import Fake, expect, run, said
+from lmms_eval.api.instance import Instance
 
-from lmms_keyspace import scenes
+from lmms_keyspace import outcomes, scenes
 from lmms_keyspace.tasks import metrics
 
-lmms_eval = pytest.importorskip("lmms_eval.evaluator")
-from lmms_eval.api.instance import Instance  # noqa: E402
-from lmms_eval.api.model import lmms  # noqa: E402
-from lmms_eval.tasks import TaskManager  # noqa: E402
-
-import lmms_keyspace.tasks  # noqa: E402
-
-FOLDER = Path(lmms_keyspace.tasks.__file__).parent
 QUICK_SIZES = {"color": 10, "shape": 10, "count": 10, "position": 9, "size": 9}
-
-Reply = Callable[[dict[str, Any]], str]
-
-
-class Fake(lmms):
-    """Answers by a function of the document; keeps the messages it was sent."""
-
-    is_simple = False
-
-    def __init__(self, reply: Reply) -> None:
-        super().__init__()
-        self.reply = reply
-        self.turns: dict[str, list[dict[str, Any]]] = {}
-
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        replies = []
-        for request in requests:
-            _, doc_to_messages, settings, doc_id, task, split = request.args
-            assert (settings["max_new_tokens"], settings["temperature"], settings["do_sample"]) == (8, 0.0, False)
-            assert settings["until"] == ["<|never|>"]
-            doc = self.task_dict[task][split][doc_id]
-            (turn,) = doc_to_messages(doc)
-            assert turn["role"] == "user"
-            self.turns[doc["item_id"]] = turn["content"]
-            replies.append(self.reply(doc))
-        return replies
-
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError
-
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError
-
-
-def run(
-    reply: Reply, task: str = "textbias_probe_quick", limit: int | None = None, fake: type[Fake] = Fake
-) -> tuple[dict[str, Any], list[dict[str, Any]], Fake]:
-    """The results of one task without the filter suffix, its samples, and the model."""
-    model = fake(reply)
-    out = lmms_eval.simple_evaluate(
-        model=model,
-        tasks=[task],
-        task_manager=TaskManager(include_path=str(FOLDER), include_defaults=False),
-        limit=limit,
-        bootstrap_iters=0,
-        process_docs_parallel=1,
-    )
-    results = {key.removesuffix(",none"): value for key, value in out["results"][task].items()}
-    json.dumps(results, allow_nan=False)
-    return results, out["samples"][task], model
-
-
-def said(doc: dict[str, Any], word: str) -> str:
-    """A word in the form the task asks for."""
-    return "ABCD"[doc["options"].index(word)] if doc["options"] else word
 
 
 def told(doc: dict[str, Any]) -> str:
@@ -90,12 +27,6 @@ def told(doc: dict[str, Any]) -> str:
 @pytest.fixture(scope="module")
 def always_gold():
     return run(lambda doc: said(doc, doc["gold"]))
-
-
-def expect(results: dict[str, Any], **values: Any) -> None:
-    assert {key: results[key] for key in values} == {
-        key: value if isinstance(value, str) or value is None else pytest.approx(value) for key, value in values.items()
-    }
 
 
 def test_always_gold(always_gold) -> None:
@@ -167,7 +98,7 @@ def test_constant_letter() -> None:
     results, samples, _ = run(lambda doc: "(A)", task="textbias_probe_letter", limit=360)
     # The first 60 groups, 12 per family, place gold and lure once in each of the 12 ordered pairs of letters: A holds
     # gold in 3 of 12 and the lure in 3 of 12.
-    assert {sample["condition"] for sample in samples} == set(metrics.CONDITIONS)
+    assert {sample["condition"] for sample in samples} == set(outcomes.CONDITIONS)
     expect(
         results,
         groups=60, chance=1 / 4, clean_acc=1 / 4, conflict_acc=1 / 4, blind_acc=1 / 4, text_only_lure=1 / 4,
@@ -250,7 +181,7 @@ def test_samples_hold_what_a_report_needs(always_gold) -> None:
     ]
     again = metrics.summarize(json.loads(line) for line in lines)
     results = always_gold[0]
-    for name in metrics.INTERVAL_METRICS:
+    for name in metrics.PROBES["textbias_probe"].intervals:
         assert again[name] == tuple(results[name + suffix] for suffix in ("", "_ci_lo", "_ci_hi", "_n"))
 
 

@@ -14,7 +14,7 @@ from scipy.stats import binom
 from lmms_keyspace import scenes
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.outcomes import CONDITIONS, OUTCOMES
-from lmms_keyspace.tasks import aggregation, metrics
+from lmms_keyspace.tasks import aggregation, metrics, scoring
 from lmms_keyspace.tasks.metrics import Row, summarize
 
 FAMILIES = scenes.CORE_FAMILIES
@@ -209,19 +209,22 @@ def test_aggregations_agree_with_the_summary_and_compute_it_once(monkeypatch: py
     items = rows(clean="ggggggggoo", conflict="llggggoooo", text_only_conflict="l" * 10)
     expected = summarize(items)
     calls = []
-    monkeypatch.setattr(metrics, "summarize", lambda given: calls.append(1) or summarize(given))
-    values = {key: getattr(aggregation, key)(reversed(items)) for key in metrics.METRIC_KEYS}
+    monkeypatch.setattr(metrics, "summarize", lambda given, probe: calls.append(1) or summarize(given, probe))
+    values = {entry["metric"]: entry["aggregation"](reversed(items)) for entry in aggregation.textbias_probe}
     assert len(calls) == 1
     assert values["text_flip_rate"] == expected["text_flip_rate"].value
     assert values["text_flip_rate_ci_lo"] == expected["text_flip_rate"].low
     assert values["text_flip_rate_ci_hi"] == expected["text_flip_rate"].high
     assert values["text_flip_rate_n"] == 8
     assert values["not_valid_for"] == ", ".join(metrics.not_valid_for(expected)) != ""
-    with pytest.raises(AttributeError, match="flip_of_text"):
-        aggregation.flip_of_text  # noqa: B018
+    for module in (aggregation, scoring):
+        with pytest.raises(AttributeError, match="flip_of_text"):
+            module.flip_of_text  # noqa: B018
+    with pytest.raises(InputError, match="probe='flip_of_text'"):
+        summarize(items, "flip_of_text")
 
 
 def test_an_invalid_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        aggregation.valid(rows(clean="ooooo", match="ooooo"))
+        aggregation.Aggregation("textbias_probe", "valid")(rows(clean="ooooo", match="ooooo"))
     assert "not valid for this model in color, shape, count, position, size" in caplog.text

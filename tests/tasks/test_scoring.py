@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lmms_keyspace import scenes
 from lmms_keyspace.tasks import documents, metrics, scoring
+from lmms_keyspace.tasks.groups import LETTERS
 
 COLORS = scenes.POOLS["color"]
 COUNTS = scenes.POOLS["count"]
@@ -84,9 +85,9 @@ def test_any_text_is_scored_without_an_exception(reply: str) -> None:
     assert scoring.parse_letter(reply, OPTIONS) in (None, *OPTIONS)
 
 
-@given(st.sampled_from(documents.LETTERS), st.sampled_from(["{}", "({})", "{}.", "{}: {w}", "({}) {w}", "{}. {w}."]))
+@given(st.sampled_from(LETTERS[:4]), st.sampled_from(["{}", "({})", "{}.", "{}: {w}", "({}) {w}", "{}. {w}."]))
 def test_every_form_of_a_letter_gives_its_option(letter: str, form: str) -> None:
-    word = OPTIONS[documents.LETTERS.index(letter)]
+    word = OPTIONS[LETTERS.index(letter)]
     assert scoring.parse_letter(form.format(letter, w=word), OPTIONS) == word
 
 
@@ -100,17 +101,18 @@ def test_a_scored_document(form: str) -> None:
     docs = documents.build_documents(1, form)
     for doc in docs:
         right, wrong = (
-            scoring.process_results(doc, [doc["target"] if word == "gold" else said(doc, doc["lure"])])
+            scoring.textbias_probe(doc, [doc["target"] if word == "gold" else said(doc, doc["lure"])])
             for word in ("gold", "lure")
         )
         assert (right["outcome"], right["correct"], right["score"], right["answer"]) == ("gold", 1.0, 1.0, doc["gold"])
         assert (wrong["outcome"], wrong["correct"], wrong["score"], wrong["answer"]) == ("lure", 0.0, 0.0, doc["lure"])
         assert wrong["response"] == said(doc, doc["lure"])
-        assert set(metrics.METRIC_KEYS) <= set(right)
-        scored = [key for key in metrics.METRIC_KEYS if isinstance(right[key], dict)]
+        keys = metrics.PROBES["textbias_probe"].keys
+        assert set(keys) <= set(right)
+        scored = [key for key in keys if isinstance(right[key], dict)]
         expected = {"text_only_conflict": [], "blank": ["blind_acc"]}.get(doc["condition"], [f"{doc['condition']}_acc"])
         assert scored == expected
 
 
 def said(doc: dict, word: str) -> str:
-    return documents.LETTERS[doc["options"].index(word)] if doc["options"] else word
+    return LETTERS[doc["options"].index(word)] if doc["options"] else word
