@@ -300,6 +300,37 @@ def test_naive_bootstrap_would_not_cover():
     assert np.mean((low <= 0) & (high >= 0)) >= 0.9
 
 
+@pytest.mark.parametrize("shift", [0.0, 1.5])
+def test_bootstrap_that_leaves_copies_out_covers_at_24_documents(shift):
+    rng = np.random.default_rng(0)
+    sums = sums_of(*clouds(rng, heads=300, documents=24, shift=shift))
+    value, low, high = stats.mmd2_bootstrap(sums, n_resamples=300)
+    np.testing.assert_allclose(value, stats.mmd2_from_sums(sums))
+    assert np.mean((low <= truth(shift)) & (truth(shift) <= high)) >= 0.89
+
+
+def test_bootstrap_draws_leave_out_pairs_of_a_document_with_its_copy():
+    """Every draw by hand: weights of document pairs, none on the diagonal."""
+    sums, _, _ = uneven(np.random.default_rng(0))
+    kept = np.flatnonzero(sums.n_visual + sums.n_text)
+    draws = []
+    for counts in stats._resample(len(kept), 50, 3):
+        weight = np.zeros(9)
+        weight[kept] = counts
+        weight = np.outer(weight, weight) * (1 - np.eye(9))
+        means = [
+            (weight * matrix).sum(axis=(-2, -1)) / (weight * np.outer(a, b)).sum()
+            for matrix, a, b in (
+                (sums.vv, sums.n_visual, sums.n_visual),
+                (sums.tt, sums.n_text, sums.n_text),
+                (sums.vt, sums.n_visual, sums.n_text),
+            )
+        ]
+        draws.append(means[0] + means[1] - 2 * means[2])
+    _, low, high = stats.mmd2_bootstrap(sums, n_resamples=50, seed=3)
+    np.testing.assert_allclose((low, high), np.quantile(draws, (0.025, 0.975), axis=0), rtol=1e-10)
+
+
 def test_paired_difference_between_runs():
     """A common change of all documents: nominal coverage, and far tighter than comparing unpaired runs."""
     rng = np.random.default_rng(0)
@@ -364,6 +395,9 @@ X, Y = clouds(np.random.default_rng(0), heads=1, documents=3)
         (lambda: stats.cluster_bootstrap([1.0, 0.0], ["a", "b"], weights=[1, 0]), "weights"),
         (lambda: stats.paired_cluster_difference([1, 2], [1, 2], ["a", "b"], ["c", "d"]), "clusters"),
         (lambda: stats.mmd2_jackknife(sums_of(X, Y)), "n_visual"),
+        (lambda: stats.mmd2_bootstrap(sums_of(X, Y)), "n_visual"),
+        (lambda: stats.label_flips([1, 1], [1, 1], 0), "n_permutations"),
+        (lambda: stats.mmd2_permuted(sums_of(X[:, :1], Y[:, :1]), [[1.0]]), "n_visual"),
         (lambda: stats.mmd2_from_sums(sums_of(X[:, :1], Y[:, :1])), "n_visual"),
         (lambda: stats.paired_mmd2_difference(sums_of(X, Y), sums_of(X, Y)), "clusters"),
     ],

@@ -22,19 +22,29 @@ def as_clouds(x: Cloud, y: Cloud) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: fewer than 2 dimensions, other leading shapes or widths, NaN or infinite entries.
     """
-    x, y = torch.as_tensor(x), torch.as_tensor(y)
-    for name, cloud in (("x", x), ("y", y)):
-        if cloud.ndim < 2:
-            raise InputError(name, tuple(cloud.shape), "give vectors of shape [..., n, d]")
+    x, y = as_cloud("x", x), as_cloud("y", y)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    x, y = x.to(dtype), y.to(device=x.device, dtype=dtype)
     if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
         raise InputError("y", tuple(y.shape), f"leading shape and width must be those of x, {tuple(x.shape)}")
-    dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-    x, y = x.detach().to(dtype), y.detach().to(device=x.device, dtype=dtype)
-    for name, cloud in (("x", x), ("y", y)):
-        bad = int((~torch.isfinite(cloud)).any(dim=-1).sum())
-        if bad:
-            raise InputError(name, f"{bad} vectors with NaN or inf", "find out where they come from; none can be used")
     return x, y
+
+
+def as_cloud(name: str, x: Cloud) -> Tensor:
+    """A checked tensor [..., n, d], float64 as it is and everything else as float32.
+
+    Raises:
+        InputError: fewer than 2 dimensions, NaN or infinite entries.
+    """
+    x = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
+    if x.ndim < 2:
+        raise InputError(name, tuple(x.shape), "give vectors of shape [..., n, d]")
+    if x.dtype != torch.float64:
+        x = x.float()
+    bad = int((~torch.isfinite(x)).any(dim=-1).sum())
+    if bad:
+        raise InputError(name, f"{bad} vectors with NaN or inf", "find out where they come from; none can be used")
+    return x
 
 
 def center(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +68,30 @@ def group_codes(
     labels = np.asarray([str(g) for g in (*groups_x, *groups_y)])
     names, codes = np.unique(labels, return_inverse=True)
     return tuple(names.tolist()), codes[: len(groups_x)], codes[len(groups_x) :]
+
+
+def check_groups(groups_x: Groups | None, groups_y: Groups | None) -> None:
+    """Groups of both sides or of neither.
+
+    Raises:
+        InputError: groups of one side only.
+    """
+    if (groups_x is None) != (groups_y is None):
+        missing = "groups_x" if groups_x is None else "groups_y"
+        raise InputError(missing, None, "name the groups of both sides or of neither")
+
+
+def groups_or_tokens(x: Tensor, y: Tensor, groups_x: Groups | None, groups_y: Groups | None) -> tuple[Groups, Groups]:
+    """The groups given, or a group of its own for every vector of x and of y.
+
+    Raises:
+        InputError: groups of one side only.
+    """
+    check_groups(groups_x, groups_y)
+    if groups_x is not None and groups_y is not None:
+        return groups_x, groups_y
+    n, m = x.shape[-2], y.shape[-2]
+    return range(n), range(n, n + m)
 
 
 def layer_clouds(

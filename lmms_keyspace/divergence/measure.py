@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from lmms_keyspace.records import GramKey, KernelSums
 
 # Split-half MMD^2 is averaged over this many splits; its JS, which costs a fit each, uses the first.
 N_SPLITS = 5
+N_PERMUTATIONS = 1000
 
 Names = NDArray[np.str_]
 
@@ -41,8 +43,15 @@ def measure(
     """Divergence of visual from text keys, and of each modality from itself between halves of the clusters.
 
     A contrast that cannot be computed has no row: visual-text with a modality in fewer than 4 clusters (a text-only
-    condition has none), a split-half baseline in fewer than 6. Columns that only a permutation test fills
-    (null_mean, p, p_adjusted) are NaN, with n_permutations 0 and an empty test_family.
+    condition has none), a split-half baseline in fewer than 6.
+
+    The mmd2 rows of visual-text carry a block permutation test: within every cluster the labels visual and text are
+    exchanged or not (`stats.label_flips`), by the same coins in all layers. `null_mean` is the mean of the statistic
+    under it, `p` its one-sided p, `p_adjusted` that of max-T over the tests that `test_family` names: all layers and
+    KV heads, or for head `all` all layers. Its null, that the two kinds of token are alike, is false in any model, so
+    p is at its smallest value wherever there are clusters enough: it guards against reading noise and ranks nothing.
+    The question with an answer is the change between two runs (`stats.paired_mmd2_difference`). In all other rows
+    these columns are NaN, n_permutations is 0 and test_family is empty.
 
     Intervals are 95 %: delete-one-cluster jackknife for mmd2, cluster bootstrap of the held-out losses for
     js_classifier. Those of head `all` belong to the mean statistic over KV heads, not to a mean of intervals.
@@ -53,7 +62,7 @@ def measure(
         clusters_visual, clusters_text: the cluster of each token, the same in all layers.
         task, condition, space, bandwidth_source, connector, token_filter: written into the rows.
         bandwidth2: layer -> squared bandwidth per KV head, see `reference_bandwidths`.
-        seed: seed of the split halves, the folds and the bootstrap.
+        seed: seed of the split halves, the folds, the bootstrap and the permutations.
 
     Returns:
         Table with `records.DIVERGENCE_COLUMNS`, and per layer the kernel sums [KV heads, D, D].
@@ -66,7 +75,7 @@ def measure(
         "token_filter": token_filter, "n_permutations": 0, "bandwidth_source": bandwidth_source,
         "null_mean": np.nan, "p": np.nan, "p_adjusted": np.nan,
     }  # fmt: skip
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     gram: dict[GramKey, KernelSums] = {}
     for layer in sorted(keys_visual.keys() | keys_text.keys()):
         if layer not in bandwidth2:
@@ -82,11 +91,12 @@ def measure(
             common | {"layer": layer} | row
             for row in (*_mmd2_rows(sums, seed), *_js_rows(x, y, groups_x, groups_y, sums, seed))
         ]
+    _add_test([row for row in rows if (row["contrast"], row["estimator"]) == (records.VISUAL_TEXT, "mmd2")], gram, seed)
     table = pd.DataFrame(rows, columns=list(records.DIVERGENCE_COLUMNS))
     return table.astype(dict(records.DIVERGENCE_COLUMNS)), gram
 
 
-def _mmd2_rows(sums: KernelSums, seed: int) -> Iterator[dict[str, object]]:
+def _mmd2_rows(sums: KernelSums, seed: int) -> Iterator[dict[str, Any]]:
     with_mean = replace(sums, vv=_mean_first(sums.vv), tt=_mean_first(sums.tt), vt=_mean_first(sums.vt))
     results: dict[str, stats.ArrayInterval | None] = {}
     if min(np.count_nonzero(sums.n_visual), np.count_nonzero(sums.n_text)) >= stats.MIN_CLUSTERS:
@@ -100,9 +110,30 @@ def _mmd2_rows(sums: KernelSums, seed: int) -> Iterator[dict[str, object]]:
             yield from _rows(contrast, "mmd2", mmd.ESTIMATOR_VERSION, *result, at_ceiling, counts)
 
 
+def _add_test(rows: Sequence[dict[str, Any]], gram: Mapping[GramKey, KernelSums], seed: int) -> None:
+    """Fill null_mean, p and p_adjusted of these rows, which stand in the order of the layers and of their heads."""
+    if not rows:
+        return
+    by_layer = {key.layer: sums for key, sums in gram.items()}
+    tested = {layer: by_layer[layer] for layer in dict.fromkeys(row["layer"] for row in rows)}
+    first = next(iter(tested.values()))
+    signs = stats.label_flips(first.n_visual, first.n_text, N_PERMUTATIONS, seed)
+    null = np.concatenate([_mean_first(stats.mmd2_permuted(sums, signs)) for sums in tested.values()])
+    value = np.asarray([row["value"] for row in rows], dtype=np.float64)
+    is_all = np.asarray([row["head"] == records.ALL_HEADS for row in rows])
+    for members, of_what in ((is_all, "layers"), (~is_all, "layers and KV heads")):
+        p, adjusted = stats.max_t(value[members], null[members])
+        family = f"max-T, {members.sum()} tests: {of_what}"
+        for i, index in enumerate(np.flatnonzero(members)):
+            rows[int(index)].update(
+                null_mean=null[index].mean(), p=p[i], p_adjusted=adjusted[i],
+                n_permutations=N_PERMUTATIONS, test_family=family,
+            )  # fmt: skip
+
+
 def _js_rows(
     x: torch.Tensor, y: torch.Tensor, groups_x: Names, groups_y: Names, sums: KernelSums, seed: int
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, Any]]:
     sides = {records.VISUAL_TEXT: (x, y, groups_x, groups_y)}
     for contrast, cloud, groups in ((records.VISUAL_VISUAL, x, groups_x), (records.TEXT_TEXT, y, groups_y)):
         names = np.unique(groups)
@@ -122,7 +153,7 @@ def _js_rows(
 def _rows(
     contrast: str, estimator: str, version: str, value: Floats, low: Floats, high: Floats,
     at_ceiling: NDArray[np.bool_], counts: dict[str, int],
-) -> Iterator[dict[str, object]]:  # fmt: skip
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """One row for head `all`, which comes first in the arrays, and one per KV head."""
     for i, head in enumerate((records.ALL_HEADS, *map(str, range(len(value) - 1)))):
         yield counts | {

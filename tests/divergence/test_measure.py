@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -49,8 +51,6 @@ def test_every_layer_head_contrast_and_estimator_has_one_row():
     assert set(table["head"]) == {"all", "0", "1"}
     assert table[["value", "ci_low", "ci_high"]].notna().all(axis=None)
     assert ((table["ci_low"] <= table["value"]) & (table["value"] <= table["ci_high"])).mean() > 0.9
-    assert table[["null_mean", "p", "p_adjusted"]].isna().all(axis=None)
-    assert (table["n_permutations"] == 0).all()
     assert set(gram) == {GramKey("probe", "conflict", "k_pre", layer) for layer in (0, 3)}
 
 
@@ -96,6 +96,35 @@ def test_a_shift_shows_in_the_contrast_and_not_in_the_baselines():
             assert (rows.loc[["visual-visual", "text-text"], "ci_low"] < 0.002).all()
     assert table.loc[(0, "visual-text", "mmd2"), "value"] < table.loc[(3, "visual-text", "mmd2"), "value"]
     assert not table.xs("mmd2", level="estimator")["at_ceiling"].any()
+
+
+def test_the_test_of_visual_against_text_is_the_permutation_test_of_the_saved_sums():
+    """Of a null head between heads with a gap; max-T over layers and heads, and over layers for their mean."""
+    visual, text = keys(12, 5, 0, heads=3), keys(12, 4, 1, heads=3)
+    text[0] = text[0] + torch.tensor([0.0, 1.0, 1.0])[:, None]
+    table, gram = run(visual, text, bandwidth2=reference_bandwidths(visual, text), seed=3)
+    is_tested = (table["contrast"] == "visual-text") & (table["estimator"] == "mmd2")
+    tested, other = table[is_tested], table[~is_tested]
+    assert other[["null_mean", "p", "p_adjusted"]].isna().all(axis=None)
+    assert (other["n_permutations"] == 0).all()
+    assert (other["test_family"] == "").all()
+    assert (tested["n_permutations"] == 1000).all()
+    heads = tested[tested["head"] != "all"]
+    assert set(heads["test_family"]) == {"max-T, 6 tests: layers and KV heads"}
+    assert set(tested.loc[tested["head"] == "all", "test_family"]) == {"max-T, 2 tests: layers"}
+    for layer in (0, 3):
+        rows = heads[heads["layer"] == layer]
+        alone = stats.permutation_test(gram[GramKey("probe", "conflict", "k_pre", layer)], seed=3)
+        np.testing.assert_allclose(rows["p"], alone.p)
+        np.testing.assert_allclose(rows["null_mean"], alone.null_mean)
+    stacked = [gram[GramKey("probe", "conflict", "k_pre", layer)] for layer in (0, 3)]
+    together = stats.permutation_test(
+        replace(stacked[0], **{name: np.stack([getattr(s, name) for s in stacked]) for name in ("vv", "tt", "vt")}),
+        seed=3,
+    )
+    np.testing.assert_allclose(heads["p_adjusted"], together.p_adjusted.ravel())
+    assert tested.set_index(["layer", "head"]).loc[[(0, "1"), (0, "2"), (0, "all")], "p_adjusted"].max() < 0.004
+    assert tested.set_index(["layer", "head"]).loc[(0, "0"), "p"] > 0.01
 
 
 def test_counts_are_those_of_the_two_sides():
