@@ -8,11 +8,12 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from adapter_models import IMAGE, batch, prompt, tiny_llava
-from models import tiny_qwen
+from models import family_model
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 
@@ -512,9 +513,10 @@ def test_matched_lora_takes_the_chosen_layers_and_refuses_a_poor_match() -> None
 # Another family: three-axis RoPE, a vision tower with fused projections, packed pixels
 
 
-def qwen_batch() -> dict[str, Tensor]:
+def qwen_batch(config: Any) -> dict[str, Tensor]:
     """Two prompts with an image of 4 x 4 patches, which merge into 4 tokens; the second is padded."""
-    inputs = batch(prompt(61, "image", 62, 10, 11), prompt(61, "image", 62, 12), labels=True)
+    start, end = config.vision_start_token_id, config.vision_end_token_id
+    inputs = batch(prompt(start, "image", end, 10, 11), prompt(start, "image", end, 12), labels=True)
     generator = torch.Generator().manual_seed(0)
     inputs["pixel_values"] = torch.randn(2 * 16, 3 * 2 * 4 * 4, generator=generator)
     inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 2)
@@ -523,14 +525,15 @@ def qwen_batch() -> dict[str, Tensor]:
 
 
 def test_qwen_identity_decoding_and_checkpointing() -> None:
-    inputs = qwen_batch()
-    before = logits(tiny_qwen(), inputs)
-    fresh = get_peft_model(tiny_qwen(), MaloraConfig()).eval()
+    base = family_model("qwen2_5_vl")
+    inputs = qwen_batch(base.config)
+    before = logits(base, inputs)
+    fresh = get_peft_model(family_model("qwen2_5_vl"), MaloraConfig()).eval()
     assert len(layers_of(fresh)) == 2
     assert torch.equal(logits(fresh, inputs), before)
 
     torch.manual_seed(0)
-    model = get_peft_model(tiny_qwen(), MaloraConfig(r=4, init_weights=False)).eval()
+    model = get_peft_model(family_model("qwen2_5_vl"), MaloraConfig(r=4, init_weights=False)).eval()
     assert not torch.equal(logits(model, inputs), before)
     call = {name: value for name, value in inputs.items() if name != "labels"}
     out = model.generate(
