@@ -15,11 +15,13 @@ from lmms_keyspace.harness import require_writable
 from lmms_keyspace.records import SPACES
 
 DTYPES = ("float32", "bfloat16", "float16")
-ATTENTION = ("sdpa", "eager")
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
 # A name on the hub: `organisation/name` or a bare name, no path separators at its ends.
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 # What the harness adds by itself and this wrapper has no use for.
 _FROM_HARNESS = ("max_batch_size",)
+# The first size that `batch_size=auto` tries.
+AUTO_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,18 @@ class Arguments:
         revision: branch, tag or commit on the hub.
         dtype: float32 | bfloat16 | float16; None is float32 on the CPU, bfloat16 elsewhere.
         device: torch device; None is cuda when there is one, else cpu.
-        attn_implementation: sdpa | eager.
-        batch_size: requests per forward pass (lmms-eval's `--batch_size`).
+        device_map: auto spreads the weights over the devices that there are; None puts all of them on `device`.
+        attn_implementation: sdpa | eager | flash_attention_2.
+        min_pixels, max_pixels: pixels of an image after the processor resized it, where it has such limits (Qwen-VL).
+        batch_size: requests per forward pass (lmms-eval's `--batch_size`); None, given as auto, begins with
+            `AUTO_BATCH_SIZE` and halves when memory is short.
         capture: on | off. Off leaves the forward pass untouched and saves no key-space tables.
         spaces: which vectors to capture, of k_pre, k_post, q, v.
         layers: decoder layers to capture; None is all.
         capture_clusters: clusters sampled per task, at least 4.
         capture_tokens: tokens sampled per modality and document, at least 1.
         keep_keys: save every sampled key instead of a small sample for pictures.
+        option_logprobs: save the log-probability of each answer option of a document.
         reference: self takes bandwidths from the base model by a second pass with the adapter disabled;
             none takes them from the run itself, whose divergences then do not compare with other runs.
         keys_dir: write the key-space files here, at once, whatever lmms-eval saves.
@@ -51,14 +57,18 @@ class Arguments:
     revision: str | None = None
     dtype: str | None = None
     device: str | None = None
+    device_map: str | None = None
     attn_implementation: str = "sdpa"
-    batch_size: int = 1
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    batch_size: int | None = 1
     capture: bool = True
     spaces: tuple[str, ...] = ("k_pre",)
     layers: tuple[int, ...] | None = None
     capture_clusters: int = 128
     capture_tokens: int = 32
     keep_keys: bool = False
+    option_logprobs: bool = False
     reference: str = "self"
     keys_dir: Path | None = None
     seed: int = 0
@@ -85,6 +95,8 @@ def parse(given: Mapping[str, Any], *, model: str, needs_adapter: bool, has_bund
             raise InputError(name, values[name], f"{model} has no such argument; {hint}")
     parsed = {name: _PARSERS[name](name, value) for name, value in values.items()}
     arguments = Arguments(**parsed)
+    if arguments.device_map is not None and arguments.device is not None:
+        raise InputError("device", arguments.device, "device_map=auto chooses the devices; give one of the two")
     if arguments.pretrained is None:
         if not has_bundled:
             raise InputError("pretrained", None, f"{model} needs a model: pretrained=FOLDER or a hub id")
@@ -135,6 +147,15 @@ def _at_least(minimum: int) -> Any:
     return parse_number
 
 
+def _batch_size(name: str, value: object) -> int | None:
+    if value == "auto":
+        return None
+    try:
+        return int(_at_least(1)(name, value))
+    except InputError:
+        raise InputError(name, value, "give a whole number of at least 1, or auto") from None
+
+
 def _switch(name: str, value: object) -> bool:
     words = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
     try:
@@ -173,13 +194,17 @@ _PARSERS: Mapping[str, Any] = {
     "dtype": _one_of(*DTYPES),
     "device": _text,
     "attn_implementation": _one_of(*ATTENTION),
-    "batch_size": _at_least(1),
+    "device_map": _one_of("auto"),
+    "min_pixels": _at_least(1),
+    "max_pixels": _at_least(1),
+    "batch_size": _batch_size,
     "capture": _switch,
     "spaces": _spaces,
     "layers": _layers,
     "capture_clusters": _at_least(4),
     "capture_tokens": _at_least(1),
     "keep_keys": _switch,
+    "option_logprobs": _switch,
     "reference": _one_of("self", "none"),
     "keys_dir": _writable_folder,
     "seed": _at_least(0),

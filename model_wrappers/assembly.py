@@ -18,6 +18,7 @@ from lmms_keyspace.model_wrappers.observed import Observed
 from lmms_keyspace.records import (
     ATTENTION_COLUMNS,
     DIVERGENCE_COLUMNS,
+    OPTION_COLUMNS,
     TEXT,
     TOKEN_COLUMNS,
     VISUAL,
@@ -48,6 +49,7 @@ def assemble(run: Observed) -> RunData:
             attention=_empty(ATTENTION_COLUMNS),
             tokens=_empty(TOKEN_COLUMNS),
             keys={},
+            options=_options(run),
         )
     bandwidths: Bandwidths = {}
     tables: list[pd.DataFrame] = []
@@ -69,6 +71,7 @@ def assemble(run: Observed) -> RunData:
         attention=capture.attention_table(),
         tokens=tokens,
         keys=keys,
+        options=_options(run),
     )
 
 
@@ -139,17 +142,25 @@ def _kept_keys(
         names = [f"{token.doc_id}/{token.position}" for token in tokens.iloc[rows].itertuples()]
         picked = np.flatnonzero(hash_ranks(names, run.arguments.seed, task) < limit)
         keys_row[rows[picked]] = np.arange(len(picked))
-        index = torch.from_numpy(picked).to(run.loaded.device)
         keys[task] = {
-            f"{space}/{layer}{suffix}": capture.keys(task, None, space, layer, reference=reference)[0][index]
-            .float()
-            .cpu()
-            .numpy()
+            f"{space}/{layer}{suffix}": _picked(capture.keys(task, None, space, layer, reference=reference)[0], picked)
             for space in run.arguments.spaces
             for layer in layers
             for reference, suffix in suffixes.items()
         }
     return keys_row, keys
+
+
+def _picked(keys: torch.Tensor, rows: np.ndarray) -> np.ndarray:
+    return np.asarray(keys[torch.from_numpy(rows).to(keys.device)].float().cpu())
+
+
+def _options(run: Observed) -> pd.DataFrame | None:
+    """The options table, by task, document and option; None where it was not asked for."""
+    if not run.arguments.option_logprobs:
+        return None
+    table = pd.DataFrame(run.options, columns=list(OPTION_COLUMNS)).astype(dict(OPTION_COLUMNS))
+    return table.sort_values(["task", "doc_id"], kind="stable", ignore_index=True)
 
 
 def _record(run: Observed, bandwidths: Bandwidths) -> RunRecord:
@@ -200,7 +211,7 @@ def _record(run: Observed, bandwidths: Bandwidths) -> RunRecord:
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         attn_implementation=arguments.attn_implementation,
         quantization=None,
-        batch_size=arguments.batch_size,
+        batch_size=run.batch_size,
         processor_hash=_sha([loaded.processor.to_json_string(), str(loaded.processor.chat_template)]),
         layers=run.capture.layers if run.capture is not None else [],
         n_kv_heads={site.layer: site.n_kv_heads for site in run.decoder.sites},

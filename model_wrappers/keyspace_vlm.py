@@ -6,7 +6,11 @@ subclasses only say what their name promises: an adapter, a bundled default.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -20,9 +24,14 @@ from lmms_keyspace.model_wrappers import arguments as args
 from lmms_keyspace.model_wrappers.assembly import assemble
 from lmms_keyspace.model_wrappers.encoding import encode
 from lmms_keyspace.model_wrappers.generation import Settings, batches, cut
+from lmms_keyspace.model_wrappers.likelihood import Scored, first_distinguishing, score
 from lmms_keyspace.model_wrappers.loading import Loaded, load
-from lmms_keyspace.model_wrappers.prompts import Request, read_requests
+from lmms_keyspace.model_wrappers.prompts import ContinuationRequest, Request, read_continuations, read_requests
 from lmms_keyspace.model_wrappers.recorder import Recorder
+from lmms_keyspace.records import OPTION_COLUMNS
+
+R = TypeVar("R", Request, ContinuationRequest)
+T = TypeVar("T")
 
 
 class KeyspaceVLM(lmms):
@@ -41,7 +50,6 @@ class KeyspaceVLM(lmms):
         self.arguments = args.parse(
             given, model=self.keyspace_model_name, needs_adapter=self.needs_adapter, has_bundled=self.has_bundled
         )
-        self.batch_size_per_gpu = self.arguments.batch_size
         self.loaded: Loaded = load(self.arguments)
         if self.loaded.bundled:
             adapter = f" with the adapter {self.loaded.adapter}" if self.loaded.adapter else ""
@@ -53,7 +61,7 @@ class KeyspaceVLM(lmms):
 
     @property
     def batch_size(self) -> int:
-        return self.batch_size_per_gpu
+        return self._recorder.observed.batch_size
 
     @property
     def device(self) -> torch.device:
@@ -75,12 +83,77 @@ class KeyspaceVLM(lmms):
         answers: dict[int, GenerationResult] = {}
         with tqdm(total=len(read), desc=self.keyspace_model_name, unit="doc", disable=self.rank != 0) as progress:
             for settings, indices in batches(read, self.batch_size):
-                texts = self._answer([read[index] for index in indices], settings)
+                answer = functools.partial(self._answer, settings)
+                texts = self._in_parts([read[index] for index in indices], answer, progress)
                 answers.update(zip(indices, texts, strict=True))
-                progress.update(len(indices))
+        if self.arguments.option_logprobs:
+            self._score_options([request for request in read if request.counted])
         return [answers[index] for index in range(len(read))]
 
-    def _answer(self, rows: list[Request], settings: Settings) -> list[GenerationResult]:
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation in nats, and whether greedy decoding would write it; in order.
+
+        Args:
+            requests: `(context, continuation, doc_to_visual or doc_to_messages, doc_id, task, split)` or `(context,
+                continuation)`; see `prompts.read_continuations`.
+        """
+        read = read_continuations(requests, self.task_dict, self.loaded.processor)
+        return [(scored.logprob, scored.greedy) for scored in self._score(read)]
+
+    def _score_options(self, requests: list[Request]) -> None:
+        """Fill the options table."""
+        without = sorted({request.task for request in requests} - {r.task for r in requests if r.options})
+        if without:
+            logger.warning(f"option_logprobs: the documents of {', '.join(without)} name no options")
+        scored = iter(self._score([asked for request in requests for asked in request.ask_options()]))
+        for request in requests:
+            options = list(itertools.islice(scored, len(request.options)))
+            for option, whole, first in zip(request.options, options, first_distinguishing(options), strict=True):
+                row = (request.task, request.doc_id, request.condition, option, first, whole.logprob)
+                self._recorder.observed.options.append(dict(zip(OPTION_COLUMNS, row, strict=True)))
+
+    def _score(self, requests: list[ContinuationRequest]) -> list[Scored]:
+        order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].text), index))
+
+        def work(part: Sequence[ContinuationRequest]) -> list[Scored]:
+            images = [request.images() for request in part]
+            asked = [request.continuation for request in part]
+            return score(self.loaded.model, self.loaded.processor, [request.text for request in part], images, asked)
+
+        with tqdm(total=len(requests), desc="log-likelihood", disable=self.rank != 0) as progress:
+            scored = self._in_parts([requests[index] for index in order], work, progress)
+        return [found for _, found in sorted(zip(order, scored, strict=True), key=lambda pair: pair[0])]
+
+    def _in_parts(self, rows: Sequence[R], work: Callable[[Sequence[R]], list[T]], progress: tqdm[Any]) -> list[T]:
+        """`work` on at most `batch_size` rows at a time; with batch_size=auto, half as many when memory is short.
+
+        Raises:
+            InputError: memory is short and the batch cannot be halved.
+            RuntimeError: anything else went wrong; names the task and the documents.
+        """
+        observed = self._recorder.observed
+        done: list[T] = []
+        while len(done) < len(rows):
+            part = rows[len(done) : len(done) + observed.batch_size]
+            names = _names(part)
+            try:
+                done += work(part)
+                progress.update(len(part))
+            except torch.OutOfMemoryError as error:
+                # What capture has taken of these rows cannot be taken again: the second pass was too much.
+                begun = observed.capture is not None and (part[0].task, part[0].doc_id) in observed.capture.captured
+                if self.arguments.batch_size is not None or len(part) == 1 or begun:
+                    way_out = f"memory does not suffice for {names}; give a smaller batch_size, or smaller images"
+                    raise InputError("batch_size", len(part), way_out) from error
+                observed.batch_size = len(part) // 2
+                logger.warning(f"batch_size=auto: no memory for {len(part)} rows, going on with {observed.batch_size}")
+            except InputError:
+                raise
+            except Exception as error:
+                raise RuntimeError(f"{names}: {type(error).__name__}: {error}") from error
+        return done
+
+    def _answer(self, settings: Settings, rows: Sequence[Request]) -> list[GenerationResult]:
         images = [row.images() for row in rows]
         inputs = encode(self.loaded.processor, [row.text for row in rows], images)
         inputs = inputs.to(self.device, self.loaded.model.dtype)
@@ -106,14 +179,16 @@ class KeyspaceVLM(lmms):
         del self._recorder, self.loaded
         super().clean()
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError(
-            f"{self.keyspace_model_name} answers generate_until tasks only: "
-            "lmms-eval 0.7.3 cannot deliver a log-likelihood task to a chat model"
-        )
-
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError(f"{self.keyspace_model_name} answers generate_until tasks only")
+        raise NotImplementedError(f"{self.keyspace_model_name} answers one question a document, in one round")
+
+
+def _names(rows: Sequence[Request | ContinuationRequest]) -> str:
+    """The documents of a batch, by task."""
+    documents: dict[str, list[int]] = defaultdict(list)
+    for row in rows:
+        documents[row.task].append(row.doc_id)
+    return "; ".join(f"{task}, document {', '.join(map(str, ids))}" for task, ids in documents.items())
 
 
 class KeyspaceLlava(KeyspaceVLM):

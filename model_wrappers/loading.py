@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import is_flash_attn_2_available
 
 from lmms_keyspace import embedded
 from lmms_keyspace.errors import InputError
@@ -41,6 +42,8 @@ def load(arguments: Arguments) -> Loaded:
         InputError: the model's config or the adapter's headers do not fit, found before the weights are read.
     """
     device = _device(arguments.device)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else _default_dtype(device)
+    _check_attention(arguments.attn_implementation, dtype)
     pretrained = str(arguments.pretrained)
     try:
         config = AutoConfig.from_pretrained(pretrained, revision=arguments.revision)
@@ -52,19 +55,22 @@ def load(arguments: Arguments) -> Loaded:
     folder = _adapter_folder(arguments.peft)
     info = check_adapter(folder, config) if folder is not None else None
 
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else _default_dtype(device)
-    processor = AutoProcessor.from_pretrained(pretrained, revision=arguments.revision)
-    # Decoding continues at the right end of every row, so prompts are padded on the left.
-    processor.tokenizer.padding_side = "left"
-    model = AutoModelForImageTextToText.from_pretrained(
-        pretrained, revision=arguments.revision, dtype=dtype, attn_implementation=arguments.attn_implementation
-    ).to(device)
+    processor = _processor(arguments, pretrained)
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        pretrained,
+        revision=arguments.revision,
+        dtype=dtype,
+        attn_implementation=arguments.attn_implementation,
+        device_map=arguments.device_map,
+    )
     if folder is not None:
-        model = PeftModel.from_pretrained(model, str(folder)).to(device)
+        model = PeftModel.from_pretrained(model, str(folder))
+    if arguments.device_map is None:
+        model = model.to(device)
     return Loaded(
         model=model.eval(),
         processor=processor,
-        device=device,
+        device=model.device,  # of the first layer, where the inputs go
         pretrained=_recorded_name(pretrained),
         revision=arguments.revision or getattr(config, "_commit_hash", None),
         adapter=_recorded_name(arguments.peft) if arguments.peft else None,
@@ -81,6 +87,32 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError("device", name, f"torch cannot use it here ({str(error).splitlines()[0]})") from error
     return device
+
+
+def _check_attention(implementation: str, dtype: torch.dtype) -> None:
+    if implementation != "flash_attention_2":
+        return
+    if not is_flash_attn_2_available():
+        raise InputError(
+            "attn_implementation",
+            implementation,
+            "it needs the package flash-attn (pip install flash-attn) and a GPU that it supports; or use sdpa",
+        )
+    if dtype == torch.float32:
+        raise InputError("dtype", "float32", "flash_attention_2 works in half precision; give dtype=bfloat16")
+
+
+def _processor(arguments: Arguments, pretrained: str) -> Any:
+    limits = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    processor = AutoProcessor.from_pretrained(pretrained, revision=arguments.revision, **limits)
+    images = processor.image_processor
+    for name, value in limits.items():
+        if name not in images.valid_kwargs.__annotations__:  # it would be dropped without a word
+            raise InputError(name, value, f"the image processor of this model ({type(images).__name__}) has no limit")
+    # Decoding continues at the right end of every row, so prompts are padded on the left.
+    processor.tokenizer.padding_side = "left"
+    return processor
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:

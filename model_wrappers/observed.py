@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from lmms_keyspace.capture import Capture
 from lmms_keyspace.families import Decoder
@@ -40,7 +41,9 @@ class Observed:
     model_name: str
     decoder: Decoder
     capture: Capture | None
+    batch_size: int  # the smallest that was used
     tasks: dict[str, ObservedTask] = field(default_factory=dict)
+    options: list[dict[str, Any]] = field(default_factory=list)  # rows of the options table
 
     @property
     def second_pass(self) -> bool:

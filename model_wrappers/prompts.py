@@ -14,6 +14,20 @@ from lmms_keyspace.records import DEFAULT_CONDITION
 
 
 @dataclass(frozen=True)
+class ContinuationRequest:
+    """One log-likelihood request: how probable `continuation` is after the prompt."""
+
+    task: str
+    doc_id: int
+    text: str  # the chat template's output, one placeholder per image
+    continuation: str
+    messages: Callable[[], ChatMessages]
+
+    def images(self) -> list[Any]:
+        return list(self.messages().extract_media()[0])
+
+
+@dataclass(frozen=True)
 class Request:
     """One request. Images are not kept: `images()` asks the task for them again, so that memory stays bounded."""
 
@@ -26,12 +40,19 @@ class Request:
     segments: Mapping[str, str]
     text: str  # the chat template's output, one placeholder per image
     content: tuple[str, ...]  # the messages' own text parts, in order
+    options: tuple[str, ...]  # answers whose log-probability may be asked for
     generation_kwargs: Mapping[str, Any]
     counted: bool  # False for the harness's padding clones and for repeats of a request
     messages: Callable[[], ChatMessages]
 
     def images(self) -> list[Any]:
         return list(self.messages().extract_media()[0])
+
+    def ask_options(self) -> list[ContinuationRequest]:
+        """How probable each option is as the answer."""
+        return [
+            ContinuationRequest(self.task, self.doc_id, self.text, option, self.messages) for option in self.options
+        ]
 
 
 def read_requests(instances: Sequence[Instance], datasets: Mapping[str, Any], processor: Any) -> list[Request]:
@@ -50,8 +71,9 @@ def read_requests(instances: Sequence[Instance], datasets: Mapping[str, Any], pr
 def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> Request:
     """Read one chat request of lmms-eval.
 
-    A task's metadata may hold a `keyspace` block that names document fields: `cluster`, `condition`, and `segments`
-    (segment -> field); see docs/probes.md. Without one every document is a cluster of its own.
+    A task's metadata may hold a `keyspace` block that names document fields: `cluster`, `condition`, `options` (a list
+    of answers), and `segments` (segment -> field); see docs/probes.md. Without one every document is a cluster of its
+    own, and `options` is the field of that name if it holds a list.
 
     Raises:
         InputError: the task shows videos or audio, or its `keyspace` block names a field that documents lack.
@@ -64,26 +86,16 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> Re
         # Reads the document again: holding every document would hold every image of the benchmark.
         return ChatMessages(messages=doc_to_messages(datasets[task][split][doc_id]))
 
-    first = ChatMessages(messages=doc_to_messages(doc))
-    images, videos, audios = first.extract_media()
-    if videos or audios:
-        raise InputError("tasks", task, f"document {doc_id} holds video or audio; these wrappers take images and text")
-    content = tuple(part.text for message in first.messages for part in message.content if part.type == "text")
-    if hasattr(processor, "qformer_tokenizer"):  # InstructBLIP has no chat template and puts the image in front
-        if len(images) != 1:
-            raise InputError("tasks", task, f"document {doc_id} shows {len(images)} images; this model takes one")
-        text = "\n".join(content)
-    elif processor.chat_template:
-        text = processor.apply_chat_template(first.to_hf_messages(), add_generation_prompt=True, tokenize=False)
-    else:
-        name = type(processor).__name__
-        raise InputError("pretrained", name, "its processor has no chat template; use a checkpoint that has one")
+    text, content = _prompt_text(ChatMessages(messages=doc_to_messages(doc)), processor, task, doc_id)
 
     def field(name: str, where: str) -> str:
         if name not in doc:
             raise InputError("tasks", task, f"its metadata names {where}: {name}, a field that document {doc_id} lacks")
         return str(doc[name])
 
+    if "options" in declared:
+        field(declared["options"], "options")
+    options = doc.get(declared.get("options", "options"))
     cluster_field = declared.get("cluster")
     condition_field = declared.get("condition")
     return Request(
@@ -96,7 +108,60 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> Re
         segments={name: field(value, f"segment {name}") for name, value in (declared.get("segments") or {}).items()},
         text=text,
         content=content,
+        options=tuple(map(str, options)) if isinstance(options, list) else (),
         generation_kwargs=generation_kwargs,
         counted="__padding_only__" not in (instance.metadata or {}),
         messages=messages,
     )
+
+
+def read_continuations(
+    instances: Sequence[Instance], datasets: Mapping[str, Any], processor: Any
+) -> list[ContinuationRequest]:
+    """Read log-likelihood requests, in order.
+
+    The arguments are (context, continuation, visuals, doc_id, task, split). The continuation is a string or a function
+    of the document; `visuals` is a function of the document that gives its images (simple tasks; they are put before
+    the context) or its messages (chat tasks). The pair (context, continuation), which asks without a document, shows
+    no image.
+
+    Raises:
+        InputError: the task shows videos or audio.
+    """
+    return [_read_continuation(instance, datasets, processor) for instance in instances]
+
+
+def _read_continuation(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> ContinuationRequest:
+    context, target, *where = instance.args
+    to_visuals, doc_id, task, split = where or (None, instance.doc_id, instance.task_name, None)
+
+    def document() -> Any:
+        return datasets[task][split][doc_id]
+
+    def messages() -> ChatMessages:
+        shown = to_visuals(document()) if to_visuals is not None else []
+        if shown and isinstance(shown[0], dict) and "role" in shown[0]:
+            return ChatMessages(messages=shown)
+        content = [*({"type": "image", "url": image} for image in shown or ()), {"type": "text", "text": context}]
+        return ChatMessages(messages=[{"role": "user", "content": content}])
+
+    text, _ = _prompt_text(messages(), processor, task, doc_id)
+    continuation = target(document()) if callable(target) else target
+    return ContinuationRequest(task, doc_id, text, str(continuation), messages)
+
+
+def _prompt_text(messages: ChatMessages, processor: Any, task: str, doc_id: int) -> tuple[str, tuple[str, ...]]:
+    """The prompt as the processor takes it, and the messages' own text parts, in order."""
+    images, videos, audios = messages.extract_media()
+    if videos or audios:
+        raise InputError("tasks", task, f"document {doc_id} holds video or audio; these wrappers take images and text")
+    content = tuple(part.text for message in messages.messages for part in message.content if part.type == "text")
+    if hasattr(processor, "qformer_tokenizer"):  # InstructBLIP has no chat template and puts the image in front
+        if len(images) != 1:
+            raise InputError("tasks", task, f"document {doc_id} shows {len(images)} images; this model takes one")
+        return "\n".join(content), content
+    if not processor.chat_template:
+        name = type(processor).__name__
+        raise InputError("pretrained", name, "its processor has no chat template; use a checkpoint that has one")
+    text = processor.apply_chat_template(messages.to_hf_messages(), add_generation_prompt=True, tokenize=False)
+    return text, content

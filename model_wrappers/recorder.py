@@ -15,7 +15,7 @@ from loguru import logger
 from lmms_keyspace.capture import Capture, Row
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import decoder_sites
-from lmms_keyspace.model_wrappers.arguments import Arguments
+from lmms_keyspace.model_wrappers.arguments import AUTO_BATCH_SIZE, Arguments
 from lmms_keyspace.model_wrappers.loading import Loaded
 from lmms_keyspace.model_wrappers.observed import Observed, ObservedTask
 from lmms_keyspace.model_wrappers.prompts import Request
@@ -35,7 +35,8 @@ class Recorder:
         if arguments.capture:
             layers = arguments.layers if arguments.layers is not None else "all"
             capture = Capture(loaded.model, decoder, spaces=arguments.spaces, layers=layers)
-        self.observed = Observed(loaded, arguments, model_name, decoder, capture)
+        batch_size = arguments.batch_size or AUTO_BATCH_SIZE
+        self.observed = Observed(loaded, arguments, model_name, decoder, capture, batch_size)
         self._sampler = Sampler(
             seed=arguments.seed, clusters=arguments.capture_clusters, tokens=arguments.capture_tokens
         )

@@ -37,7 +37,11 @@ def test_the_bundled_model_takes_another_adapter(tmp_path):
         ({"zzz": 5}, "known arguments are pretrained, peft"),
         ({"capture_clusters": -1}, "at least 4"),
         ({"capture_tokens": "many"}, "at least 1"),
-        ({"batch_size": "auto"}, "at least 1"),
+        ({"batch_size": "some"}, "at least 1, or auto"),
+        ({"batch_size": 0}, "at least 1, or auto"),
+        ({"device_map": "cuda:0"}, "choose one of auto"),
+        ({"max_pixels": 0}, "at least 1"),
+        ({"option_logprobs": "maybe"}, "on or off"),
         ({"capture": "maybe"}, "on or off"),
         ({"spaces": "k_pre+x"}, "join names of k_pre, k_post, q, v"),
         ({"layers": "0+x"}, "join layer numbers"),
@@ -55,6 +59,11 @@ def test_bad_values_name_argument_value_and_way_out(given, says):
     assert error.value.argument == name
     assert repr(value) in str(error.value)
     assert says in str(error.value)
+
+
+def test_a_device_and_a_device_map_exclude_each_other():
+    with pytest.raises(InputError, match=r"device='cpu'.*device_map=auto"):
+        keyspace(device="cpu", device_map="auto")
 
 
 def test_malora_with_a_model_needs_an_adapter():
@@ -75,6 +84,9 @@ def test_values_as_the_harness_passes_them(tmp_path):
     assert arguments.spaces == ("k_pre", "q")
     assert arguments.layers == (0, 2)
     assert arguments.batch_size == 8
+    assert keyspace(batch_size="auto").batch_size is None
+    assert keyspace(option_logprobs="on").option_logprobs is True
+    assert keyspace(device_map="auto", min_pixels="64").min_pixels == 64
     assert keyspace(layers="all").layers is None
     assert keyspace(layers=1).layers == (1,)
 

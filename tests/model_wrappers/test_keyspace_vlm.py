@@ -36,10 +36,6 @@ dataset_kwargs:
   data_files:
     test: {folder}/textbias_probe/textbias_probe.jsonl
 process_docs: !function utils.with_picture
-metric_list:
-  - metric: clean_acc
-    aggregation: !function lmms_keyspace.tasks.aggregation.clean_acc
-    higher_is_better: true
 """
 UTILS = """
 from lmms_keyspace.tasks.documents import process_docs
@@ -189,13 +185,65 @@ def test_half_precision_runs(tmp_path):
     assert np.isfinite(data.divergence["value"]).all()
 
 
-def test_an_error_of_generate_is_not_swallowed(monkeypatch):
+def test_an_error_of_generate_names_task_and_documents(monkeypatch):
+    generate = GenerationMixin.generate
+    calls = []
+
     def broken(*args, **kwargs):
-        raise RuntimeError("the model broke")
+        calls.append(len(kwargs["input_ids"]))
+        if len(calls) == 3:
+            raise ValueError("the model broke")
+        return generate(*args, **kwargs)
 
     monkeypatch.setattr(GenerationMixin, "generate", broken)
-    with pytest.raises(RuntimeError, match="the model broke"):
-        evaluate("keyspace_llava", limit=6)
+    said = r"textbias_probe_quick, document \d+, \d+: ValueError: the model broke"
+    with pytest.raises(RuntimeError, match=said):
+        evaluate("keyspace_llava", limit=12, batch_size=2)
+    assert calls == [2, 2, 2]
+
+
+def short_of_memory(monkeypatch, most):
+    """generate() has memory for `most` rows. Returns the list of the batches that it was given."""
+    generate = GenerationMixin.generate
+    sizes = []
+
+    def limited(*args, **kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", limited)
+    return sizes
+
+
+def test_an_automatic_batch_size_halves_until_memory_suffices(monkeypatch, tmp_path, batch_of_8):
+    sizes = short_of_memory(monkeypatch, 10)
+    results = evaluate("keyspace_llava", limit=LIMIT, batch_size="auto", model_args=f"keys_dir={tmp_path}")
+    assert sizes == [48, 24, 12, 6, 6, 6, 6, 6, 6, 6, 6]
+    assert answers(results) == answers(batch_of_8[0])
+    run = run_of(tmp_path)
+    assert run.record.batch_size == 6
+    assert run.record.complete
+    assert run.tokens["token_id"].equals(batch_of_8[1].tokens["token_id"])
+
+
+@pytest.mark.parametrize(("size", "most"), [(4, 3), ("auto", 0)])
+def test_too_little_memory_is_an_error_that_names_the_documents(monkeypatch, size, most):
+    short_of_memory(monkeypatch, most)
+    with pytest.raises(InputError, match=r"memory does not suffice for textbias_probe_quick, document \d.*batch_size"):
+        evaluate("keyspace_llava", limit=12, batch_size=size)
+
+
+def test_device_map(tmp_path, batch_of_8):
+    results = evaluate(
+        "keyspace_llava",
+        limit=LIMIT,
+        batch_size=8,
+        device=None,
+        model_args=f"device_map=auto,dtype=float32,keys_dir={tmp_path}",
+    )
+    assert answers(results) == answers(batch_of_8[0])
 
 
 @pytest.fixture
@@ -219,6 +267,8 @@ def no_weights(monkeypatch):
         ("keyspace_vlm", "layers=0+9", "layers=9.*layers 0 to 3"),
         ("keyspace_vlm", "device=cuda:99", "device='cuda:99'"),
         ("keyspace_qwen2_5_vl", "", "pretrained=None.*needs a model"),
+        ("keyspace_llava", "max_pixels=4096", "max_pixels=4096.*CLIPImageProcessor"),
+        ("keyspace_llava", "attn_implementation=flash_attention_2", "'flash_attention_2'.*flash-attn.*or use sdpa"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_model_loads(no_weights, model, model_args, says):
