@@ -47,6 +47,7 @@ LURE_WORD, GOLD_WORD, RANDOM_WORD, READ = (
     "random_word",  # a word that is no answer written in the image
     "read",  # the image of `lure_word`, asked for the written word, which is gold there
 )
+MISMATCH = "mismatch"  # a benchmark's row with the images of another: the question has no known answer there
 # Image and question of a pair: gold is the answer for this image, the lure the one for the other.
 PAIR_CONDITIONS = ("image0_question0", "image0_question1", "image1_question0", "image1_question1")
 
@@ -274,10 +275,11 @@ METRICS: Mapping[str, Metric] = {
             signed=True,
         ),
         # Taking the image away
-        *(accuracy_of(condition) for condition in (NOISE, SHUFFLED, MISMATCHED, NO_IMAGE, CAPTION_ORACLE)),
+        *(accuracy_of(condition) for condition in (NOISE, SHUFFLED, MISMATCHED, MISMATCH, NO_IMAGE, CAPTION_ORACLE)),
         _drop("noise_drop", "Noise gap (clean - noise)", 1, NOISE),
         _drop("shuffled_drop", "Shuffle gap (clean - shuffled)", 1, SHUFFLED),
         _drop("mismatched_drop", "Mismatch gap (clean - mismatched)", 1, MISMATCHED),
+        _drop("mismatch_drop", "Mismatch gap (clean - mismatch)", 1, MISMATCH),
         _drop("none_drop", "No-image gap (clean - none)", 1, NO_IMAGE),
         _lured("follow_shown", "Answers for the image that is shown", MISMATCHED, 1),
         Metric(

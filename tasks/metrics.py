@@ -113,28 +113,32 @@ class Row:
     outcome: str
     answer: str | None
     n_answers: int
+    stock_correct: float | None = None  # of a benchmark's row: what the stock task's scoring makes of the reply
 
     def __str__(self) -> str:
         # The harness writes every metric's item into the samples file, which holds these fields already.
         return ""
 
     def fields(self) -> dict[str, Any]:
-        """The fields as a dictionary."""
-        return dict(vars(self))
+        """The fields as a dictionary; without `stock_correct` where there is none."""
+        return {name: value for name, value in vars(self).items() if name != "stock_correct" or value is not None}
 
 
 def row_of(sample: Mapping[str, Any]) -> Row:
     """The row of a line of a samples file, or of any mapping with the fields of `Row`."""
-    values = {field.name: sample[field.name] for field in fields(Row)}
+    values = {field.name: sample[field.name] for field in fields(Row) if field.name != "stock_correct"}
     # pandas reads a missing answer as NaN.
-    return Row(**values | {"answer": values["answer"] if isinstance(values["answer"], str) else None})
+    answer = values["answer"] if isinstance(values["answer"], str) else None
+    return Row(**values | {"answer": answer, "stock_correct": sample.get("stock_correct")})
 
 
 class Replies(NamedTuple):
-    """The complete groups of a task: outcomes [groups x conditions], and the answers (None: not parsed) likewise."""
+    """The complete groups of a task as tables [groups x conditions]: their outcomes, the answers (None: not parsed),
+    and whether the stock scoring takes the reply for right (None: there is no stock task)."""
 
     outcomes: pd.DataFrame
     answers: pd.DataFrame
+    stock: pd.DataFrame
 
 
 def probe_named(name: str) -> Probe:
@@ -171,8 +175,17 @@ def summarize(rows: Iterable[Row | Mapping[str, Any]], probe: str = "textbias_pr
         logger.warning("%d incomplete group(s) left out of the metrics, %d kept", dropped, len(groups))
     first = frame.drop_duplicates("group_id").set_index("group_id").loc[groups.index]
     whole = frame[frame["group_id"].isin(groups.index)]
-    answers = {name: part.set_index("group_id")["answer"] for name, part in whole.groupby("condition")}
-    replies = Replies(groups, pd.DataFrame(answers, index=groups.index, columns=groups.columns, dtype=object))
+    parts = {name: part.set_index("group_id") for name, part in whole.groupby("condition")}
+    answers, stock = (
+        pd.DataFrame(
+            {name: part[field] for name, part in parts.items()},
+            index=groups.index,
+            columns=list(kind.conditions),
+            dtype=object,
+        )
+        for field in ("answer", "stock_correct")
+    )
+    replies = Replies(groups, answers, stock)
 
     summary = {name: _metric(outcomes.measure(metric, groups)) for name, metric in kind.ratios.items()}
     summary |= {name: DERIVED[name][0](replies) for name in kind.derived}
@@ -267,6 +280,12 @@ def _perceptual_score(replies: Replies) -> Metric:
     return _bootstrapped(statistic, np.column_stack([clean, mismatched]), len(groups))
 
 
+def _stock_accuracy(replies: Replies) -> Metric:
+    """What the stock task would report of the same rows, in clean or in the task's only condition."""
+    correct = replies.stock.iloc[:, 0]
+    return _proportion(int(correct.sum()), len(correct))
+
+
 def _parse_failures(replies: Replies) -> Metric:
     """Share of documents whose reply names no answer, or more than one."""
     groups = replies.outcomes
@@ -339,8 +358,10 @@ DERIVED: Mapping[str, tuple[Callable[[Replies], Metric], bool | None]] = {
     "i_acc": (partial(_pair_score, together=((0, 1), (2, 3))), True),
     "g_acc": (partial(_pair_score, together=((0, 1, 2, 3),)), True),
     "constant_answer_rate": (_constant_answers, False),
+    "stock_acc": (_stock_accuracy, True),
     "parse_fail": (_parse_failures, False),
 }
+_OF_BENCHMARKS = ("stock_acc", "parse_fail")
 
 PROBES: Mapping[str, Probe] = {
     "textbias_probe": Probe(
@@ -375,4 +396,17 @@ PROBES: Mapping[str, Probe] = {
     "visreliance_pairs": Probe(
         PAIR_CONDITIONS, ("acc", "q_acc", "i_acc", "g_acc", "constant_answer_rate", "parse_fail")
     ),
+    "benchmark": Probe((CLEAN, CONFLICT, outcomes.BLANK), _OF_BENCHMARKS),
+    "benchmark_full": Probe(
+        (CLEAN, MATCH, CONFLICT, outcomes.IRRELEVANT, outcomes.BLANK, outcomes.MISMATCH, outcomes.NO_IMAGE),
+        _OF_BENCHMARKS,
+    ),
+    # One condition by itself, under the name that it has for a benchmark
+    "benchmark_clean": Probe((CLEAN,), _OF_BENCHMARKS),
+    "benchmark_hint_right": Probe((MATCH,), _OF_BENCHMARKS),
+    "benchmark_hint_wrong": Probe((CONFLICT,), _OF_BENCHMARKS),
+    "benchmark_irrelevant": Probe((outcomes.IRRELEVANT,), _OF_BENCHMARKS),
+    "benchmark_blank": Probe((outcomes.BLANK,), _OF_BENCHMARKS),
+    "benchmark_mismatch": Probe((outcomes.MISMATCH,), _OF_BENCHMARKS),
+    "benchmark_none": Probe((outcomes.NO_IMAGE,), _OF_BENCHMARKS),
 }

@@ -67,7 +67,7 @@ def cases(probe: str, n_groups: int, space: str) -> Iterator[Case]:
             yield from _pair(index, space)
         return
     if probe not in _CASES:
-        raise InputError("probe", probe, f"take one of {', '.join((*_CASES, PAIRS))}")
+        raise InputError("probe", probe, f"take one of {', '.join(NAMES)}")
     for group in build_groups(n_groups, space):
         yield from _CASES[probe](group, space)
 
@@ -191,3 +191,4 @@ _CASES: dict[str, Callable[[Group, str], Iterator[Case]]] = {
     "textbias_typographic": _typographic,
     "visreliance_probe": _visreliance,
 }
+NAMES = (*_CASES, PAIRS)

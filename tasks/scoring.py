@@ -7,20 +7,22 @@ is a parse failure and nothing else: it is counted, never guessed.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lmms_keyspace.outcomes import GOLD, LURE, OTHER, PARSE_FAIL, accuracy_of
-from lmms_keyspace.tasks import metrics
+from lmms_keyspace.tasks import benchmarks, metrics
 from lmms_keyspace.tasks.groups import LETTERS
 
 _NUMERALS = {"1": "one", "2": "two", "3": "three", "4": "four"}
-_SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)|[。\n]")
 _LETTER = "".join(LETTERS)
-_BARE_LETTER = re.compile(rf"[(\[]?([{_LETTER}{_LETTER.lower()}])[)\]]?[.:,)]*")
-_LETTER_AND_TEXT = re.compile(rf"(?:[(\[]([{_LETTER}])[)\]]|([{_LETTER}])[.:)])\s*(.+)", re.DOTALL)
+_BARE_LETTER = re.compile(rf"[(\[]?([{_LETTER}{_LETTER.lower()}])[)\]]?[.:,)。]*")
+_LETTER_AND_TEXT = re.compile(rf"(?:[(\[]([{_LETTER}])[)\]]|([{_LETTER}])[.:)、])\s*(.+)", re.DOTALL)
 _LETTER_IN_PROSE = re.compile(rf"\b(?i:answer|option|letter)(?:\s+is)?:?\s+[(\[]?([{_LETTER}])\b")
+_LETTER_IN_CHINESE = re.compile(rf"(?:答案|选项|选择|选)[是为]?:?\s*[(\[]?([{_LETTER}])(?![A-Za-z])")
 # "A" before a word is taken for the article.
 _OTHER_LETTER = re.compile(rf"\b([{_LETTER}])\b(?!\s+\w)")
 
@@ -40,12 +42,13 @@ def parse_word(response: str, pool: Sequence[str]) -> str | None:
 
 
 def parse_letter(response: str, options: Sequence[str]) -> str | None:
-    """The option (its word) whose letter a reply gives, or None.
+    """The option whose letter a reply gives, or None.
 
     Accepted: `B`, `b.`, `(B)`, `B. blue` when option B is blue and no other option is named, and in the first sentence
-    `the answer is B`. A word without its letter is no answer here: the letter form exists to tell the two apart.
+    `the answer is B` or `答案是B`. A word without its letter is no answer here: the letter form exists to tell the two
+    apart.
     """
-    reply = response.strip().strip("*`\"'")
+    reply = unicodedata.normalize("NFKC", response).strip().strip("*`\"'")  # full-width forms become plain ones
     whole = _BARE_LETTER.fullmatch(reply)
     if whole:
         return _option(whole[1], options)
@@ -56,7 +59,7 @@ def parse_letter(response: str, options: Sequence[str]) -> str | None:
         words = {word for word in re.findall(r"\w+", both[3].casefold()) if word in options}
         return option if words <= {option} and set(_OTHER_LETTER.findall(both[3])) <= {letter} else None
     sentence = _SENTENCE_END.split(reply, maxsplit=1)[0] if reply else ""
-    letters = set(_LETTER_IN_PROSE.findall(sentence))
+    letters = {*_LETTER_IN_PROSE.findall(sentence), *_LETTER_IN_CHINESE.findall(sentence)}
     return _option(letters.pop(), options) if len(letters) == 1 else None
 
 
@@ -83,7 +86,8 @@ class Scoring:
         answer = parse(results[0], doc["pool"])
         result = outcome(answer, doc["gold"], doc["lure"])
         correct = float(result == GOLD)
-        row = metrics.Row(doc["group_id"], doc["family"], doc["condition"], result, answer, len(doc["pool"]))
+        stock = benchmarks.stock_correct(doc, results[0]) if "benchmark" in doc else None
+        row = metrics.Row(doc["group_id"], doc["family"], doc["condition"], result, answer, len(doc["pool"]), stock)
         items: dict[str, Any] = dict.fromkeys(metrics.PROBES[self.probe].keys, row)
         accuracy = accuracy_of(doc["condition"]).name
         if accuracy in items:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from lmms_eval import evaluator
@@ -24,6 +25,13 @@ class Fake(lmms):
     """Answers by a function of the document; keeps the messages it was sent."""
 
     is_simple = False
+    # What the tasks must ask for.
+    settings: ClassVar[dict[str, Any]] = {
+        "max_new_tokens": 8,
+        "temperature": 0.0,
+        "do_sample": False,
+        "until": ["<|never|>"],
+    }
 
     def __init__(self, reply: Reply) -> None:
         super().__init__()
@@ -34,14 +42,16 @@ class Fake(lmms):
         replies = []
         for request in requests:
             _, doc_to_messages, settings, doc_id, task, split = request.args
-            assert (settings["max_new_tokens"], settings["temperature"], settings["do_sample"]) == (8, 0.0, False)
-            assert settings["until"] == ["<|never|>"]
+            assert self.settings.items() <= settings.items()
             doc = self.task_dict[task][split][doc_id]
             (turn,) = doc_to_messages(doc)
             assert turn["role"] == "user"
-            self.turns[doc["item_id"]] = turn["content"]
+            self.turns[doc.get("item_id", doc_id)] = turn["content"]
             replies.append(self.reply(doc))
         return replies
+
+    def clean(self) -> None:
+        """Nothing to free; the harness would collect garbage twice."""
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError
@@ -58,7 +68,7 @@ def run(
     out = evaluator.simple_evaluate(
         model=model,
         tasks=[task],
-        task_manager=TaskManager(include_path=str(FOLDER), include_defaults=False),
+        task_manager=_tasks(),
         limit=limit,
         bootstrap_iters=0,
         process_docs_parallel=1,
@@ -66,6 +76,11 @@ def run(
     results = {key.removesuffix(",none"): value for key, value in out["results"][task].items()}
     json.dumps(results, allow_nan=False)
     return results, out["samples"][task], model
+
+
+@lru_cache(maxsize=1)
+def _tasks() -> TaskManager:
+    return TaskManager(include_path=str(FOLDER), include_defaults=False)
 
 
 def said(doc: dict[str, Any], word: str) -> str:

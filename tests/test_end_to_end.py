@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmark_files import ROWS, write_mmmu
+from benchmark_files import ROWS, write_mmbench_cn, write_mmmu
 
 from lmms_keyspace import embedded
 from lmms_keyspace.store import find_runs, load_run
@@ -106,6 +106,26 @@ def test_the_design_cards_command_marks_mmmu_not_interpretable(card_run):
     assert record.tasks["textbias_probe"].interpretable
     assert record.tasks["textbias_probe"].documents == 1800
     assert "mmmu_val" in loaded.results["keyspace"]["not_interpretable"]
+
+
+def test_the_wrapped_benchmarks_run_on_a_local_copy(tmp_path):
+    """With awkward rows: several images, a missing one, open questions, Chinese, RGBA, palette and 1 x 1 images."""
+    write_mmmu(tmp_path / "data", awkward=True)
+    write_mmbench_cn(tmp_path / "data")
+    (tmp_path / "work").mkdir()
+    tasks = ("mmmu_val_keyspace_mismatch", "mmbench_cn_dev_keyspace_hint_wrong", "mmbench_cn_dev_static")
+    printed = run(
+        str(BIN / "lmms-eval"),
+        *shlex.split(f"--model malora_llava --tasks {','.join(tasks)} --output_path OUT --log_samples"),
+        cwd=tmp_path / "work",
+        LMMS_KEYSPACE_DATA=str(tmp_path / "data"),
+    )
+    assert "9 of 13 rows are asked" in printed
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"OUT"}
+    (found,) = find_runs(tmp_path / "work" / "OUT")
+    loaded = load_run(found)
+    assert {task: len(samples) for task, samples in loaded.samples.items()} == dict(zip(tasks, (9, 5, 7), strict=True))
+    assert set(loaded.samples[tasks[1]]["condition"]) == {"conflict"}
 
 
 WITHOUT_PLUGIN = """

@@ -77,6 +77,7 @@ OTHER_ANSWERS = {
     "noise": "gooooopp",
     "shuffled": "gggoooop",
     "mismatched": "glllllol",
+    "mismatch": "goooogol",
     "none": "ggoooool",
     "caption_oracle": "gggggggg",
 }
@@ -101,6 +102,8 @@ OTHER_EXPECTED = {
     "noise_acc": 1 / 8,
     "shuffled_acc": 3 / 8,
     "mismatched_acc": 1 / 8,
+    "mismatch_acc": 2 / 8,
+    "mismatch_drop": 4 / 8,
     "none_acc": 2 / 8,
     "caption_oracle_acc": 1.0,
     "noise_drop": 5 / 8,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from fake_model import FOLDER, expect, run
 
-from lmms_keyspace.tasks import metrics
+from lmms_keyspace.tasks import metrics, probes
 
-QUICK = {name: f"{name}_quick" for name in metrics.PROBES}
+QUICK = {name: f"{name}_quick" for name in probes.NAMES}
 
 
 def looker(doc: dict[str, Any]) -> str:
@@ -120,7 +120,7 @@ def test_a_model_that_ignores_all_writing_is_not_the_best() -> None:
 
 
 @pytest.mark.parametrize(
-    ("probe", "per_group"), [(name, len(probe.conditions)) for name, probe in metrics.PROBES.items()]
+    ("probe", "per_group"), [(name, len(metrics.PROBES[name].conditions)) for name in probes.NAMES]
 )
 def test_any_limit_and_the_samples_hold_every_metric(probe: str, per_group: int) -> None:
     results, samples, _ = run(looker, QUICK[probe], limit=per_group * 5 + 1)
@@ -143,4 +143,4 @@ def test_groups_name_their_tasks() -> None:
     for name in ("textbias", "visreliance"):
         group = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
         assert group["group"] == name
-        assert group["task"] == [probe for probe in metrics.PROBES if probe.startswith(name)]
+        assert group["task"] == [probe for probe in probes.NAMES if probe.startswith(name)]

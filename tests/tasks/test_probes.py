@@ -19,7 +19,7 @@ from lmms_keyspace.errors import InputError
 from lmms_keyspace.tasks import documents, metrics, pictures, probes
 
 FOLDER = Path(lmms_keyspace.tasks.__file__).parent
-SETTINGS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*/*.jsonl"))}
+SETTINGS = {path.stem: json.loads(path.read_text()) for name in probes.NAMES for path in FOLDER.glob(f"{name}/*.jsonl")}
 
 
 def groups_of(probe: str, n: int = 60) -> list[dict[str, dict]]:
@@ -51,7 +51,7 @@ def test_every_task_makes_the_documents_it_was_published_with(name: str) -> None
     assert f"lmms_keyspace.tasks.aggregation.{settings['probe']}\n" in template
 
 
-@pytest.mark.parametrize("probe", metrics.PROBES)
+@pytest.mark.parametrize("probe", probes.NAMES)
 def test_groups_are_whole_consecutive_and_ask_for_what_can_be_answered(probe: str) -> None:
     groups = groups_of(probe)
     assert len(groups) == 60
@@ -195,7 +195,7 @@ def test_pairs_are_right_of_one_picture_only() -> None:
 
 
 def test_held_out_pictures_are_held_out() -> None:
-    for probe in metrics.PROBES:
+    for probe in probes.NAMES:
         for doc in documents.build_documents(20, space="heldout", probe=probe):
             if doc["image"] in ("scene", "shuffled"):
                 things = {(thing["color"], thing["shape"]) for thing in json.loads(doc["spec"])["objects"]}
