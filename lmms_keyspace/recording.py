@@ -289,8 +289,8 @@ class Recording:
             found = f"their shapes are {tuple(rotated.shape)} and {tuple(received.shape)}"
         raise CaptureError(
             f"layer {site.layer}: the captured key, rotated with the layer's own cos and sin, is not the key that its "
-            f"attention received ({found}); the entry of {self._decoder.architecture!r} in families.py does not fit "
-            "this model"
+            f"attention received ({found}); a Family for {self._decoder.architecture!r} in lmms_keyspace/families.py "
+            "that fits this model is needed"
         )
 
 

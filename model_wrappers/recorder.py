@@ -112,10 +112,18 @@ class Recorder:
         with capture.batch(rows):
             yield
         for row in rows:
-            self.observed.tasks[row.prompt.task].rows_captured += bool(len(row.positions))
+            self._count(row)
         if self.observed.second_pass and any(len(row.positions) for row in rows):
             with capture.reference_batch(rows):
                 self.observed.loaded.model(**inputs, use_cache=False, logits_to_keep=1)
+
+    def _count(self, row: Row) -> None:
+        task = self.observed.tasks[row.prompt.task]
+        task.rows_captured += bool(len(row.positions))
+        if row.prompt.cluster in task.chosen:
+            counts = row.labels.counts()
+            task.token_counts.update(counts)
+            task.image_tokens[str(counts.get(VISUAL, 0))] += 1
 
     def _rows(self, requests: Sequence[Request], images: Sequence[list[Any]], inputs: Any) -> list[Row]:
         grids = self.observed.decoder.image_grids(inputs)  # of all images of the batch, in order
@@ -132,9 +140,6 @@ class Recorder:
             if prompt.cluster in task.chosen:
                 positions = self._sampler.choose_positions(request.task, prompt.cluster, labels)
                 prompt = replace(prompt, image_shas=tuple(_image_sha(image) for image in shown))
-                counts = labels.counts()
-                task.token_counts.update(counts)
-                task.image_tokens[str(counts.get(VISUAL, 0))] += 1
             rows.append(Row(prompt, ids, labels, positions))
         return rows
 

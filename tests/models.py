@@ -9,9 +9,11 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForImageTextToText,
+    AyaVisionConfig,
     BlipImageProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Cohere2Config,
     Gemma3Config,
     Gemma3ImageProcessor,
     Gemma3Processor,
@@ -59,6 +61,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
     SiglipVisionConfig,
     SmolVLMConfig,
+    VipLlavaConfig,
 )
 
 _SPECIAL = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<image>": IMAGE, "<unk>": 4}
@@ -207,6 +210,13 @@ def _config(family: str) -> PreTrainedConfig:
             config = tiny_llava().config
             config.text_config = Phi3Config(**TEXT | {"partial_rotary_factor": 0.5})
             return config
+        case "vipllava":
+            return VipLlavaConfig(
+                vision_config=clip, text_config=llama, image_token_index=IMAGE, vision_feature_layers=[-1] * 5
+            )
+        case "aya_vision":  # Cohere 2: no RoPE in layers with full attention
+            text = Cohere2Config(**TEXT, layer_types=["sliding_attention", "full_attention"])
+            return AyaVisionConfig(vision_config=siglip, text_config=text, image_token_index=IMAGE)
         case "llava_next":
             return LlavaNextConfig(
                 vision_config=clip, text_config=mistral, image_token_index=IMAGE, image_grid_pinpoints=_PINPOINTS
@@ -284,7 +294,7 @@ def _config(family: str) -> PreTrainedConfig:
 def family_model(family: str, attn_implementation: str = "sdpa") -> PreTrainedModel:
     """A tiny random model of an architecture that families.py knows: 4 query heads, 2 KV heads, image token 3.
 
-    `llava_phi3` is a LLaVA with a Phi-3 decoder.
+    `llava_phi3` is a LLaVA with a Phi-3 decoder; `vipllava` and `aya_vision` have no entry.
     """
     config = _config(family)
     config._attn_implementation = attn_implementation

@@ -353,6 +353,17 @@ def test_self_check_names_the_layer_whose_attention_uses_another_key(rows, layer
         run(model, rows)
 
 
+@pytest.mark.parametrize(("family", "layer"), [("vipllava", None), ("aya_vision", 1)])
+def test_an_inspected_architecture_must_pass_the_self_check(family, layer):
+    rows = make_rows([prompt for prompt in make_prompts(40) if not prompt.image_shas])
+    model = family_model(family)
+    capture = Capture(model, decoder_sites(model))
+    refused = pytest.raises(CaptureError, match=f"layer {layer}: .*a Family for '{family}'") if layer else nullcontext()
+    with refused, capture.batch(rows), torch.inference_mode():
+        model.generate(**llava_inputs(rows), max_new_tokens=2, do_sample=False)
+    assert bool(capture.captured) == (layer is None)
+
+
 def test_a_layer_that_is_skipped_is_an_error(rows):
     model = tiny_llava()
     decoder = decoder_sites(model)

@@ -225,6 +225,7 @@ def test_an_automatic_batch_size_halves_until_memory_suffices(monkeypatch, tmp_p
     run = run_of(tmp_path)
     assert run.record.batch_size == 6
     assert run.record.complete
+    assert run.record.tasks == batch_of_8[1].record.tasks
     assert run.tokens["token_id"].equals(batch_of_8[1].tokens["token_id"])
 
 
