@@ -68,6 +68,23 @@ def report(
 
 
 @app.command()
+def rescore(
+    run: Annotated[Path, typer.Argument(help="Run folder of lmms-eval, or one samples file.")],
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """All metrics of our tasks again, from the samples files alone."""
+    from json import dumps
+
+    from lmms_keyspace.tasks.rescore import rescore as rescored
+
+    found = rescored(run)
+    if json:
+        typer.echo(dumps({str(one.path): one.results() for one in found}, indent=2, allow_nan=False))
+    else:
+        typer.echo("\n\n".join("\n".join(one.lines()) for one in found))
+
+
+@app.command()
 def doctor() -> None:
     """Check the installation: registration, every task, versions, bundled weights. Exits 1 when something is wrong."""
     from lmms_keyspace.doctor import examine

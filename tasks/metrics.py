@@ -312,6 +312,8 @@ def _share(counts: Any, size: int) -> Metric:
     """Share of things of which every group has `size`, from their number in each group; clustered by group."""
     counts = np.asarray(counts, dtype=float)
     n = len(counts)
+    if size == 1:
+        return _proportion(int(counts.sum()), n)
     if n and len(set(counts)) == 1 and counts[0] in (0, size):
         # None of them, or nothing else: bounded as if each group were one thing, which is cautious.
         return _proportion(n * int(counts[0] > 0), n)._replace(n=n * size)

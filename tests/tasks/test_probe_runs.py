@@ -76,6 +76,19 @@ def test_pairs(reply, expected: dict[str, float]) -> None:
     assert "valid" not in results
 
 
+def test_whole_pairs_are_a_proportion_with_its_wilson_interval() -> None:
+    missed: list[str] = []
+
+    def all_but_one(doc: dict[str, Any]) -> str:
+        missed.append(doc["group_id"])
+        return doc["lure"] if doc["group_id"] == missed[0] else doc["gold"]
+
+    results, _, _ = run(all_but_one, QUICK["visreliance_pairs"])
+    z2 = 1.959964**2
+    half = (z2 * (31 / 32 * 1 / 32 / 32 + z2 / (4 * 32 * 32))) ** 0.5
+    expect(results, g_acc=31 / 32, acc=31 / 32, g_acc_ci_lo=(31 / 32 + z2 / 64 - half) / (1 + z2 / 32))
+
+
 def test_one_word_for_all_pairs() -> None:
     results, _, _ = run(lambda doc: doc["pool"][0], QUICK["visreliance_pairs"])
     expect(results, g_acc=0, q_acc=0, constant_answer_rate=1, parse_fail=0)
