@@ -299,7 +299,11 @@ def family_model(family: str, attn_implementation: str = "sdpa") -> PreTrainedMo
     config = _config(family)
     config._attn_implementation = attn_implementation
     torch.manual_seed(0)
-    return AutoModelForImageTextToText.from_config(config).eval()
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    for parameter in model.parameters():  # learned queries and projections that start constant
+        if parameter.dim() > 1 and parameter.min() == parameter.max():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def family_processor(family: str) -> ProcessorMixin:

@@ -46,9 +46,9 @@ IMAGES = {"qwen2_5_vl": "<vision_start><image><vision_end>", "gemma3": "<boi>"}
 def task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("task")
     lines = [
-        f'{{"words": "What color is {" ".join(f"w{n + step}" for step in range(2 + n % 3))} ?", "gold": "red", '
+        f'{{"words": "{" ".join(f"w{(5 * n + 7 * step) % 34}" for step in range(3 + n % 3))} ?", "gold": "red", '
         f'"group": "g{n // 2}", "seed": {n}, "height": {8 if n % 2 else 16}}}'
-        for n in range(12)
+        for n in range(16)
     ]
     (folder / "docs.jsonl").write_text("\n".join(lines))
     (folder / "toy.yaml").write_text(TASK.format(folder=folder))
