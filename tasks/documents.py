@@ -15,7 +15,7 @@ from PIL import Image
 from lmms_keyspace import scenes
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.outcomes import BEFORE
-from lmms_keyspace.tasks import pictures
+from lmms_keyspace.tasks import chinese, pictures
 from lmms_keyspace.tasks.groups import LETTERS
 from lmms_keyspace.tasks.probes import Case, cases
 
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 WORD, LETTER = ANSWER_FORMS = ("word", "letter")
+LANGUAGES = ("en", "zh")
 
 
 def build_documents(
-    n_groups: int, answer: str = WORD, space: str = "probe", probe: str = "textbias_probe"
+    n_groups: int, answer: str = WORD, space: str = "probe", probe: str = "textbias_probe", lang: str = "en"
 ) -> list[dict[str, Any]]:
     """The documents of the first `n_groups` groups; those of a group are consecutive, in the order of its conditions.
 
@@ -35,13 +36,16 @@ def build_documents(
         answer: `word` (answers are the words of the family's pool) or `letter` (answers are four lettered options).
         space: seed space of the scene generator.
         probe: a probe of `lmms_keyspace.tasks.probes`.
+        lang: `en`, or `zh` for `textbias_probe` with one-word answers.
 
     Raises:
-        InputError: an unknown answer form, space or probe, or fewer than one group.
+        InputError: an unknown answer form, space, probe or language, or fewer than one group.
     """
     if answer not in ANSWER_FORMS:
         raise InputError("answer", answer, f"take one of {', '.join(ANSWER_FORMS)}")
-    return [_document(case, answer) for case in cases(probe, n_groups, space)]
+    if lang not in LANGUAGES or (lang == "zh" and (probe, answer) != ("textbias_probe", WORD)):
+        raise InputError("lang", lang, "take en, or zh for textbias_probe with one-word answers")
+    return [_document(case, answer, lang) for case in cases(probe, n_groups, space)]
 
 
 def generator_tag(documents: Sequence[dict[str, Any]]) -> str:
@@ -51,7 +55,7 @@ def generator_tag(documents: Sequence[dict[str, Any]]) -> str:
 
 
 def process_docs(dataset: Dataset) -> Dataset:
-    """Turn a task's one-line settings file (columns probe, groups, answer, space, generator) into its documents.
+    """Turn a task's one-line settings file (columns probe, groups, answer, space, lang, generator) into its documents.
 
     Raises:
         InputError: the documents are not the ones the settings were published with.
@@ -59,7 +63,9 @@ def process_docs(dataset: Dataset) -> Dataset:
     from datasets import Dataset
 
     settings = dataset[0]
-    documents = build_documents(settings["groups"], settings["answer"], settings["space"], settings["probe"])
+    documents = build_documents(
+        settings["groups"], settings["answer"], settings["space"], settings["probe"], settings["lang"]
+    )
     tag = generator_tag(documents)
     if tag != settings["generator"]:
         raise InputError(
@@ -87,7 +93,9 @@ def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
-def _document(case: Case, answer: str) -> dict[str, Any]:
+def _document(case: Case, answer: str, lang: str) -> dict[str, Any]:
+    if lang == "zh":
+        case = chinese.translated(case)
     options = list(case.options) if answer == LETTER else []
     return {
         "group_id": case.group_id,
@@ -101,11 +109,13 @@ def _document(case: Case, answer: str) -> dict[str, Any]:
         "question": case.question,
         "options": options,
         "options_text": "\n".join(f"{letter}. {word}" for letter, word in zip(LETTERS, options, strict=False)),
-        "prompt": scenes.prompt(case.question, context=case.context, options=options or None),
+        "prompt": chinese.prompt(case.question, case.context)
+        if lang == "zh"
+        else scenes.prompt(case.question, context=case.context, options=options or None),
         "gold": case.gold,
         "lure": case.lure,
         "target": LETTERS[options.index(case.gold)] if options else case.gold,
         "pool": options or list(case.pool),  # every word that counts as an answer
         "template": case.template,
-        "lang": "en",
+        "lang": lang,
     }

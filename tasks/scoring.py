@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmms_keyspace.outcomes import GOLD, LURE, OTHER, PARSE_FAIL, accuracy_of
-from lmms_keyspace.tasks import benchmarks, metrics
+from lmms_keyspace.tasks import benchmarks, chinese, metrics
 from lmms_keyspace.tasks.groups import LETTERS
 
 _NUMERALS = {"1": "one", "2": "two", "3": "three", "4": "four"}
@@ -82,7 +82,7 @@ class Scoring:
     probe: str
 
     def __call__(self, doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
-        parse = parse_letter if doc["options"] else parse_word
+        parse = parse_letter if doc["options"] else chinese.parse if doc["lang"] == "zh" else parse_word
         answer = parse(results[0], doc["pool"])
         result = outcome(answer, doc["gold"], doc["lure"])
         correct = float(result == GOLD)

@@ -149,6 +149,7 @@ def test_published_tags(name: str) -> None:
         "groups": n,
         "answer": answer,
         "space": "probe",
+        "lang": "en",
         "generator": documents.generator_tag(docs),
     }
     with open(f"{FOLDER}/{name}.yaml") as file:

@@ -38,13 +38,14 @@ def words(text: str) -> list[str]:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_task_makes_the_documents_it_was_published_with(name: str) -> None:
-    settings = SETTINGS[name]
-    docs = documents.build_documents(settings["groups"], settings["answer"], settings["space"], settings["probe"])
-    assert documents.generator_tag(docs) == settings["generator"]
+    settings = dict(SETTINGS[name])
+    generator = settings.pop("generator")
+    docs = documents.build_documents(settings.pop("groups"), **settings)
+    assert documents.generator_tag(docs) == generator
     (path,) = FOLDER.glob(f"*/{name}.yaml")
     config = yaml.safe_load(path.read_text())
     declared = config["metadata"]["keyspace"]
-    assert declared["generator"] == settings["generator"]
+    assert declared["generator"] == generator
     assert {declared["cluster"], declared["condition"], *declared["segments"].values()} <= set(docs[0])
     template = (path.parent / config["include"]).read_text()
     assert f"lmms_keyspace.tasks.scoring.{settings['probe']}\n" in template
