@@ -224,6 +224,11 @@ def _text_preference_gated(outcomes: pd.DataFrame) -> tuple[Floats, Floats]:
     return passed * lure, passed * either
 
 
+def _whole_pair(outcomes: pd.DataFrame) -> tuple[Floats, Floats]:
+    right = [_is(outcomes, condition, GOLD) for condition in PAIR_CONDITIONS]
+    return np.prod(right, axis=0), np.ones(len(outcomes))
+
+
 def _is(outcomes: pd.DataFrame, condition: str, outcome: str) -> Floats:
     return np.asarray(outcomes[condition] == outcome, dtype=np.float64)
 
@@ -290,5 +295,6 @@ METRICS: Mapping[str, Metric] = {
             _gain(CAPTION_ORACLE, CLEAN),
             signed=True,
         ),
+        Metric("g_acc", "Pairs of images answered whole", 1, PAIR_CONDITIONS, _whole_pair),
     )
 }

@@ -25,6 +25,15 @@ COMPARED = (
     "excess_flip",
     "vis_gain",
     "benefit",
+    "order_gap",
+    "authority_gap",
+    "typo_flip_rate",
+    "read_acc",
+    "mismatched_drop",
+    "follow_shown",
+    "toll",
+    "mismatch_drop",
+    "g_acc",
 )
 
 

@@ -73,4 +73,4 @@ def _warnings(runs: Runs) -> Iterator[str]:
                 if groups.dropped:
                     yield f"{run.label}: {task} lost {groups.dropped} incomplete groups (an evaluation cut by --limit?)"
                 if reasons := not_valid(groups.outcomes):
-                    yield f"{run.label}: {task} says nothing about text bias: {'; '.join(reasons)}"
+                    yield f"{run.label}: {task} says nothing about this model: {'; '.join(reasons)}"

@@ -358,7 +358,6 @@ DERIVED: Mapping[str, tuple[Callable[[Replies], Metric], bool | None]] = {
     "acc": (partial(_pair_score, together=((0,), (1,), (2,), (3,))), True),
     "q_acc": (partial(_pair_score, together=((0, 2), (1, 3))), True),
     "i_acc": (partial(_pair_score, together=((0, 1), (2, 3))), True),
-    "g_acc": (partial(_pair_score, together=((0, 1, 2, 3),)), True),
     "constant_answer_rate": (_constant_answers, False),
     "stock_acc": (_stock_accuracy, True),
     "parse_fail": (_parse_failures, False),
@@ -395,9 +394,7 @@ PROBES: Mapping[str, Probe] = {
         ),
         ("perceptual_score", "parse_fail"),
     ),
-    "visreliance_pairs": Probe(
-        PAIR_CONDITIONS, ("acc", "q_acc", "i_acc", "g_acc", "constant_answer_rate", "parse_fail")
-    ),
+    "visreliance_pairs": Probe(PAIR_CONDITIONS, ("acc", "q_acc", "i_acc", "constant_answer_rate", "parse_fail")),
     "benchmark": Probe((CLEAN, CONFLICT, outcomes.BLANK), _OF_BENCHMARKS),
     "benchmark_full": Probe(
         (CLEAN, MATCH, CONFLICT, outcomes.IRRELEVANT, outcomes.BLANK, outcomes.MISMATCH, outcomes.NO_IMAGE),

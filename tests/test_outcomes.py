@@ -80,6 +80,10 @@ OTHER_ANSWERS = {
     "mismatch": "goooogol",
     "none": "ggoooool",
     "caption_oracle": "gggggggg",
+    "image0_question0": "gggggggo",
+    "image0_question1": "gggggglg",
+    "image1_question0": "ggggglpg",
+    "image1_question1": "ggggoggg",
 }
 OTHER_EXPECTED = {
     "filler_acc": 6 / 8,
@@ -112,6 +116,7 @@ OTHER_EXPECTED = {
     "none_drop": 4 / 8,
     "follow_shown": 6 / 8,
     "toll": 2 / 8,
+    "g_acc": 4 / 8,
 }
 
 

@@ -210,7 +210,7 @@ def test_incomplete_groups_and_an_invalid_probe_are_warned_of(tmp_path):
     samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:-1]))
     warnings = " ".join(compare_runs([folder]).warnings)
     assert "lost 1 incomplete groups" in warnings
-    assert "says nothing about text bias" in warnings
+    assert "says nothing about this model" in warnings
 
 
 def test_not_interpretable_is_said(tmp_path):
