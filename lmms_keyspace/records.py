@@ -47,8 +47,8 @@ DIVERGENCE_COLUMNS: Mapping[str, str] = {
     "head": "string",  # KV head index, or `all` for the mean over KV heads
     "space": "string",
     "contrast": "string",
-    "estimator": "string",  # mmd2 | js_classifier
-    "value": "float64",  # mmd2: unitless; js_classifier: nats
+    "estimator": "string",  # mmd2 | js_classifier | paper_mmd | paper_js_histogram
+    "value": "float64",  # mmd2, paper_mmd: unitless; js_classifier, paper_js_histogram: nats
     "null_mean": "float64",
     "ci_low": "float64",
     "ci_high": "float64",

@@ -13,12 +13,14 @@ from lmms_keyspace.divergence.knn import js_knn
 from lmms_keyspace.divergence.laplace import mmd2_laplace
 from lmms_keyspace.divergence.measure import measure
 from lmms_keyspace.divergence.mmd import SCALES, kernel_sums, mmd2, mmd2_biased, mmd_biased
+from lmms_keyspace.divergence.paper import PaperProtocol, paper_protocol
 from lmms_keyspace.divergence.permutation import block_permutation_test
 
 __all__ = [
     "SCALES",
     "JSClassifier",
     "JSEstimate",
+    "PaperProtocol",
     "block_permutation_test",
     "centroid_cosine",
     "centroid_distance",
@@ -35,5 +37,6 @@ __all__ = [
     "mmd2_laplace",
     "mmd2_linear",
     "mmd_biased",
+    "paper_protocol",
     "reference_bandwidths",
 ]

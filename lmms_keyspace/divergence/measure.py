@@ -15,6 +15,7 @@ from lmms_keyspace import records, stats
 from lmms_keyspace.divergence import mmd
 from lmms_keyspace.divergence.arrays import Floats, layer_clouds
 from lmms_keyspace.divergence.js import js_classifier
+from lmms_keyspace.divergence.paper import paper_protocol
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import GramKey, KernelSums
 
@@ -53,6 +54,8 @@ def measure(
     The question with an answer is the change between two runs (`stats.paired_mmd2_difference`). In all other rows
     these columns are NaN, n_permutations is 0 and test_family is empty.
 
+    The rows paper_mmd and paper_js_histogram are those of `PaperProtocol`: all KV heads together, without interval.
+
     Intervals are 95 %: delete-one-cluster jackknife for mmd2, cluster bootstrap of the held-out losses for
     js_classifier. Those of head `all` belong to the mean statistic over KV heads, not to a mean of intervals.
     For the split halves n_visual and n_text are the tokens of the first and second half of the first split.
@@ -89,7 +92,11 @@ def measure(
         gram[GramKey(task, condition, space, layer)] = sums
         rows += [
             common | {"layer": layer} | row
-            for row in (*_mmd2_rows(sums, seed), *_js_rows(x, y, groups_x, groups_y, sums, seed))
+            for row in (
+                *_mmd2_rows(sums, seed),
+                *_js_rows(x, y, groups_x, groups_y, sums, seed),
+                *_paper_rows(x, y, groups_x, groups_y, sums, seed),
+            )
         ]
     _add_test([row for row in rows if (row["contrast"], row["estimator"]) == (records.VISUAL_TEXT, "mmd2")], gram, seed)
     table = pd.DataFrame(rows, columns=list(records.DIVERGENCE_COLUMNS))
@@ -134,20 +141,48 @@ def _add_test(rows: Sequence[dict[str, Any]], gram: Mapping[GramKey, KernelSums]
 def _js_rows(
     x: torch.Tensor, y: torch.Tensor, groups_x: Names, groups_y: Names, sums: KernelSums, seed: int
 ) -> Iterator[dict[str, Any]]:
-    sides = {records.VISUAL_TEXT: (x, y, groups_x, groups_y)}
-    for contrast, cloud, groups in ((records.VISUAL_VISUAL, x, groups_x), (records.TEXT_TEXT, y, groups_y)):
-        names = np.unique(groups)
-        first = np.isin(groups, names[stats.first_half(names.tolist(), seed)])
-        sides[contrast] = (cloud[..., first, :], cloud[..., ~first, :], groups[first], groups[~first])
-    for contrast, (a, b, groups_a, groups_b) in sides.items():
-        fewest = min(len(np.unique(groups_a)), len(np.unique(groups_b)))
-        if fewest < (stats.MIN_CLUSTERS if contrast == records.VISUAL_TEXT else stats.MIN_SPLIT_CLUSTERS // 2):
-            continue
+    for contrast, (a, b, groups_a, groups_b) in _sides(x, y, groups_x, groups_y, seed).items():
         loss = js_classifier.held_out(a, b, groups_x=groups_a, groups_y=groups_b, seed=seed)
         loss = replace(loss, loss_x=_mean_first(loss.loss_x), loss_y=_mean_first(loss.loss_y))
         result = js_classifier.estimate(loss, seed=seed)
         counts = _counts(contrast, sums, seed)
         yield from _rows(contrast, "js_classifier", js_classifier.version, *result, counts)
+
+
+def _paper_rows(
+    x: torch.Tensor, y: torch.Tensor, groups_x: Names, groups_y: Names, sums: KernelSums, seed: int
+) -> Iterator[dict[str, Any]]:
+    """The projection is fitted once, on both modalities, and serves the baselines, too."""
+    if not _sides(x, y, groups_x, groups_y, seed):
+        return
+    side_by_side = (cloud.transpose(0, 1).flatten(start_dim=1) for cloud in (x, y))
+    projected = paper_protocol.project(*side_by_side, seed=seed)
+    for contrast, (a, b, _, _) in _sides(projected.x, projected.y, groups_x, groups_y, seed).items():
+        result = paper_protocol.compare(a, b, seed=seed)
+        counts = _counts(contrast, sums, seed) | {"n_visual": result.tokens, "n_text": result.tokens}
+        for estimator, value in (("paper_mmd", result.mmd), ("paper_js_histogram", result.js)):
+            yield counts | {
+                "head": records.ALL_HEADS, "contrast": contrast, "estimator": estimator,
+                "estimator_version": paper_protocol.version, "value": value, "ci_low": np.nan, "ci_high": np.nan,
+                "at_ceiling": False, "bandwidth_source": "median of the tokens compared",
+            }  # fmt: skip
+
+
+def _sides(
+    x: torch.Tensor, y: torch.Tensor, groups_x: Names, groups_y: Names, seed: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, Names, Names]]:
+    """The two clouds of every contrast that has clusters enough, with their groups."""
+    sides = {records.VISUAL_TEXT: (x, y, groups_x, groups_y)}
+    for contrast, cloud, groups in ((records.VISUAL_VISUAL, x, groups_x), (records.TEXT_TEXT, y, groups_y)):
+        names = np.unique(groups)
+        first = np.isin(groups, names[stats.first_half(names.tolist(), seed)])
+        sides[contrast] = (cloud[..., first, :], cloud[..., ~first, :], groups[first], groups[~first])
+    fewest = {records.VISUAL_TEXT: stats.MIN_CLUSTERS}
+    return {
+        contrast: side
+        for contrast, side in sides.items()
+        if min(len(np.unique(groups)) for groups in side[2:]) >= fewest.get(contrast, stats.MIN_SPLIT_CLUSTERS // 2)
+    }
 
 
 def _rows(

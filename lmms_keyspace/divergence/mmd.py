@@ -29,7 +29,7 @@ ESTIMATOR_VERSION = "1"
 class GaussianMixture:
     """Mean over scales of exp(-distance^2 / scale), from minus the squared distance in units of the widest scale.
 
-    Halving a scale squares its kernel, so five scales a factor 2 apart cost one exponential.
+    Halving a scale squares its kernel, so scales that are each half of the next cost one exponential together.
 
     Attributes:
         descending: the scales, widest first.
@@ -49,12 +49,18 @@ class GaussianMixture:
         return GaussianMixture(tuple(np.sort(positive("scales", scales, (len(scales),)))[::-1].tolist()))
 
     def __call__(self, exponent: Tensor) -> Tensor:
-        kernel = torch.exp(exponent)
-        total = kernel.clone()
-        for wider, scale in pairwise(self.descending):
-            kernel = kernel.square_() if wider == 2 * scale else torch.exp(exponent * (self.descending[0] / scale))
-            total += kernel
-        return total / len(self.descending)
+        widest, *narrower = self.descending
+        if any(wider != 2 * scale for wider, scale in pairwise(self.descending)):
+            total = torch.exp(exponent)
+            for scale in narrower:
+                total += torch.exp(exponent * (widest / scale))
+        else:
+            kernel = exponent.exp_()
+            total = kernel.clone()
+            for _ in narrower:
+                total.addcmul_(kernel, kernel)
+                kernel.square_()
+        return total.div_(len(self.descending))
 
 
 def kernel_sums(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lmms_keyspace import records, stats
-from lmms_keyspace.divergence import js_classifier, kernel_sums, measure, mmd2, reference_bandwidths
+from lmms_keyspace.divergence import js_classifier, kernel_sums, measure, mmd2, paper_protocol, reference_bandwidths
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import GramKey
 
@@ -46,10 +46,15 @@ def run(visual=VISUAL, text=TEXT, seed=0, **change):
 def test_every_layer_head_contrast_and_estimator_has_one_row():
     table, gram = run()
     assert {name: str(dtype) for name, dtype in table.dtypes.items()} == dict(records.DIVERGENCE_COLUMNS)
-    assert len(table) == 2 * 3 * 3 * 2  # layers, heads with `all`, contrasts, estimators
+    assert len(table) == 2 * 3 * (3 * 2 + 2)  # layers, contrasts, heads with `all` x estimators, paper's estimators
     assert not table.duplicated(["layer", "head", "contrast", "estimator"]).any()
     assert set(table["head"]) == {"all", "0", "1"}
-    assert table[["value", "ci_low", "ci_high"]].notna().all(axis=None)
+    assert table["value"].notna().all()
+    is_paper = table["estimator"].str.startswith("paper_")
+    assert set(table.loc[is_paper, "head"]) == {"all"}
+    assert table.loc[is_paper, ["ci_low", "ci_high"]].isna().all(axis=None)
+    table = table[~is_paper]
+    assert table[["ci_low", "ci_high"]].notna().all(axis=None)
     assert ((table["ci_low"] <= table["value"]) & (table["value"] <= table["ci_high"])).mean() > 0.9
     assert set(gram) == {GramKey("probe", "conflict", "k_pre", layer) for layer in (0, 3)}
 
@@ -78,7 +83,7 @@ def test_the_interval_of_all_heads_is_that_of_their_mean():
     names = {"clusters_visual": clusters(30, 5), "clusters_text": clusters(30, 5)}
     table, _ = run(visual, text, bandwidth2=reference_bandwidths(visual, text), **names)
     table = table.query("contrast == 'visual-text'").assign(width=table["ci_high"] - table["ci_low"])
-    for _, rows in table.groupby(["layer", "estimator"]):
+    for _, rows in table.dropna(subset="width").groupby(["layer", "estimator"]):
         is_all = rows["head"] == "all"
         assert rows.loc[is_all, "width"].item() < 0.6 * rows.loc[~is_all, "width"].mean()
 
@@ -127,6 +132,19 @@ def test_the_test_of_visual_against_text_is_the_permutation_test_of_the_saved_su
     assert tested.set_index(["layer", "head"]).loc[(0, "0"), "p"] > 0.01
 
 
+def test_the_papers_rows_are_its_pipeline_on_all_heads_together():
+    table, _ = run(seed=2)
+    rows = table.set_index(["layer", "contrast", "estimator"])
+    x, y = (keys[3].flatten(start_dim=1) for keys in (VISUAL, TEXT))
+    expected = paper_protocol(x, y, seed=2)
+    assert rows.loc[(3, "visual-text", "paper_mmd"), "value"].item() == pytest.approx(expected.mmd)
+    assert rows.loc[(3, "visual-text", "paper_js_histogram"), "value"].item() == pytest.approx(expected.js)
+    counts = rows.xs("paper_mmd", level="estimator").loc[3, ["n_visual", "n_text", "n_clusters"]]
+    assert counts.loc["visual-text"].tolist() == [48, 48, 12]
+    assert counts.loc["text-text"].tolist() == [24, 24, 12]
+    assert set(rows.xs("paper_mmd", level="estimator")["bandwidth_source"]) == {"median of the tokens compared"}
+
+
 def test_counts_are_those_of_the_two_sides():
     table, _ = run()
     counts = table.drop_duplicates("contrast").set_index("contrast")[["n_visual", "n_text", "n_clusters"]]
@@ -139,7 +157,7 @@ def test_counts_are_those_of_the_two_sides():
 def test_without_an_image_only_the_text_baseline_is_measured(empty):
     table, gram = run(empty, clusters_visual=[])
     assert set(table["contrast"]) == {"text-text"}
-    assert set(table["estimator"]) == {"mmd2", "js_classifier"}
+    assert set(table["estimator"]) == {"mmd2", "js_classifier", "paper_mmd", "paper_js_histogram"}
     assert all(not sums.n_visual.any() for sums in gram.values())
 
 
@@ -147,7 +165,7 @@ def test_without_an_image_only_the_text_baseline_is_measured(empty):
 def test_too_few_images_have_no_row(images, contrasts):
     visual, text = keys(images, 5, 0), keys(images, 4, 1)
     table, gram = run(visual, text, clusters_visual=clusters(images, 5), clusters_text=clusters(images, 4))
-    for estimator in ("mmd2", "js_classifier"):
+    for estimator in ("mmd2", "js_classifier", "paper_mmd", "paper_js_histogram"):
         assert set(table.loc[table["estimator"] == estimator, "contrast"]) == contrasts
     assert list(table.columns) == list(records.DIVERGENCE_COLUMNS)
     assert len(gram) == 2
@@ -158,7 +176,8 @@ def test_the_order_of_tokens_does_not_matter():
     shuffled = {layer: k[order] for layer, k in VISUAL.items()}
     table, _ = run()
     again, _ = run(shuffled, clusters_visual=[CLUSTERS["clusters_visual"][i] for i in order])
-    np.testing.assert_allclose(again["value"], table["value"], atol=1e-5)
+    robust = ~table["estimator"].str.startswith("paper_")  # the paper's pipeline draws tokens by their position
+    np.testing.assert_allclose(again["value"][robust], table["value"][robust], atol=1e-5)
 
 
 @pytest.mark.parametrize(
