@@ -121,8 +121,8 @@ def outcomes_by_group(rows: pd.DataFrame) -> Groups:
 def measure(metric: Metric, outcomes: pd.DataFrame) -> Measured | None:
     """The metric with its interval, or None where a condition is missing or the denominator is 0.
 
-    A proportion gets the Wilson interval. So does a difference of rates whose groups all differ in one direction, as
-    the bootstrap of rare events is too narrow; other differences get the bootstrap over groups.
+    A proportion gets the Wilson interval, a difference of rates that of matched pairs: where few groups differ, the
+    bootstrap is too narrow. Other ratios get the bootstrap over groups.
     """
     if not metric.applies_to(outcomes) or outcomes.empty:
         return None
@@ -131,14 +131,12 @@ def measure(metric: Metric, outcomes: pd.DataFrame) -> Measured | None:
     if total == 0:
         return None
     value = float(numerator.sum() / total)
-    if metric.signed and not numerator.any():
-        bound = stats.wilson(0, total).high
-        return Measured(value, -bound, bound, total)
+    if metric.signed:
+        return Measured(
+            value, *stats.matched_pairs(int((numerator > 0).sum()), int((numerator < 0).sum()), total), total
+        )
     if (numerator >= 0).all():
         return Measured(value, *stats.wilson(round(numerator.sum()), total), total)
-    if (numerator <= 0).all():
-        low, high = stats.wilson(round(-numerator.sum()), total)
-        return Measured(value, -high, -low, total)
     counted = denominator > 0  # resampling the others could leave nothing to divide by
     groups = list(outcomes.index[counted])
     interval = stats.cluster_bootstrap(numerator[counted], groups, weights=denominator[counted])

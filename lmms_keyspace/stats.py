@@ -115,6 +115,27 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
     return Interval(low, high)
 
 
+def matched_pairs(b: int, c: int, n: int, level: float = 0.95) -> Interval:
+    """Interval of a difference of two rates on the same units, (b - c) / n.
+
+    The adjusted Wald interval of Agresti and Min (Statistics in Medicine 24, 2005, section 2): half a unit is added to
+    every cell of the 2 x 2 table, which keeps it honest where few units differ or all differ one way.
+
+    Args:
+        b, c: units that differ one way and the other.
+        n: units.
+
+    Raises:
+        InputError: counts below 0 or more differing units than units.
+    """
+    if min(b, c) < 0 or n < 1 or b + c > n:
+        raise InputError("b, c, n", (b, c, n), "give counts of units, of which b + c differ")
+    size, difference = n + 2, b - c
+    deviation = np.sqrt(b + c + 1 - difference**2 / size)
+    half = stats.norm.ppf(0.5 + _check_level(level) / 2) * deviation / size
+    return Interval(max(-1.0, float(difference / size - half)), min(1.0, float(difference / size + half)))
+
+
 def cluster_bootstrap(
     values: ArrayLike,
     clusters: Sequence[object],

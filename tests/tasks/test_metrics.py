@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from lmms_keyspace import scenes
+from lmms_keyspace import scenes, stats
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.outcomes import CONDITIONS, OUTCOMES
 from lmms_keyspace.tasks import aggregation, metrics, scoring
@@ -181,7 +181,7 @@ def test_rare_clean_successes_do_not_break_the_excess() -> None:
     # Two of sixty groups are right in clean: one flips in conflict only, the other in irrelevant only.
     summary = summarize(rows(clean="gg" + "o" * 58, conflict="lg" + "o" * 58, irrelevant="gl" + "o" * 58))
     assert summary["excess_flip"].value == 0
-    assert summary["excess_flip"].low == -1
+    assert summary["excess_flip"].low < -0.8  # two groups say nothing
     assert summary["excess_flip"].high == 1
 
 
@@ -195,14 +195,12 @@ def test_the_interval_of_a_p_follower_covers_p(p: float) -> None:
         summary = summarize(rows(conflict="".join("l" if lured else "g" for lured in follows)))
         flip.append(summary["text_flip_rate"])
         drop.append(summary["conflict_drop"])
-    # What the Wilson interval covers exactly, from its defining inequality |k/n - p| <= z sqrt(p (1 - p) / n).
-    k = np.arange(n + 1)
-    exact = binom.pmf(k, n, p)[np.abs(k / n - p) <= 1.959964 * np.sqrt(p * (1 - p) / n)].sum()
-    slack = 4 * np.sqrt(exact * (1 - exact) / repeats)
-    for intervals in (flip, drop):
-        coverage = np.mean([result.low <= p <= result.high for result in intervals])
-        assert abs(coverage - exact) <= slack
-        assert coverage >= 0.93
+    for measured, interval in ((flip, lambda k: stats.wilson(k, n)), (drop, lambda k: stats.matched_pairs(k, 0, n))):
+        covers = [interval(k).low <= p <= interval(k).high for k in range(n + 1)]
+        exact = binom.pmf(np.arange(n + 1), n, p)[covers].sum()
+        assert exact >= 0.93
+        coverage = np.mean([result.low <= p <= result.high for result in measured])
+        assert abs(coverage - exact) <= 4 * np.sqrt(exact * (1 - exact) / repeats)
 
 
 def test_aggregations_agree_with_the_summary_and_compute_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
