@@ -182,7 +182,7 @@ def test_rare_clean_successes_do_not_break_the_excess() -> None:
     summary = summarize(rows(clean="gg" + "o" * 58, conflict="lg" + "o" * 58, irrelevant="gl" + "o" * 58))
     assert summary["excess_flip"].value == 0
     assert summary["excess_flip"].low < -0.8  # two groups say nothing
-    assert summary["excess_flip"].high == 1
+    assert summary["excess_flip"].high > 0.8
 
 
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
