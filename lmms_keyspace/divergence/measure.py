@@ -55,6 +55,7 @@ def measure(
     these columns are NaN, n_permutations is 0 and test_family is empty.
 
     The rows paper_mmd and paper_js_histogram are those of `PaperProtocol`: all KV heads together, without interval.
+    A contrast most of whose vectors are equal has no such rows, as the pipeline finds no bandwidth there.
 
     Intervals are 95 %: delete-one-cluster jackknife for mmd2, cluster bootstrap of the held-out losses for
     js_classifier. Those of head `all` belong to the mean statistic over KV heads, not to a mean of intervals.
@@ -158,7 +159,10 @@ def _paper_rows(
     side_by_side = (cloud.transpose(0, 1).flatten(start_dim=1) for cloud in (x, y))
     projected = paper_protocol.project(*side_by_side, seed=seed)
     for contrast, (a, b, _, _) in _sides(projected.x, projected.y, groups_x, groups_y, seed).items():
-        result = paper_protocol.compare(a, b, seed=seed)
+        try:
+            result = paper_protocol.compare(a, b, seed=seed)
+        except InputError:  # most vectors are equal: their median distance, this pipeline's bandwidth, is 0
+            continue
         counts = _counts(contrast, sums, seed) | {"n_visual": result.tokens, "n_text": result.tokens}
         for estimator, value in (("paper_mmd", result.mmd), ("paper_js_histogram", result.js)):
             yield counts | {

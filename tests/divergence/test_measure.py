@@ -145,6 +145,17 @@ def test_the_papers_rows_are_its_pipeline_on_all_heads_together():
     assert set(rows.xs("paper_mmd", level="estimator")["bandwidth_source"]) == {"median of the tokens compared"}
 
 
+def test_equal_visual_tokens_leave_out_the_papers_baseline_and_nothing_else():
+    """A gray picture may give every visual token one key; the run that was made must not be lost by it."""
+    gray = {layer: torch.full_like(cloud, 0.5) for layer, cloud in VISUAL.items()}
+    table, _ = run(visual=gray)
+    rows = table.groupby(["estimator", "contrast"]).size()
+    assert ("paper_mmd", "visual-visual") not in rows.index
+    assert rows["paper_mmd", "text-text"] == 2
+    assert rows["mmd2", "visual-visual"] == rows["mmd2", "visual-text"] == 2 * 3
+    assert np.isfinite(table["value"]).all()
+
+
 def test_counts_are_those_of_the_two_sides():
     table, _ = run()
     counts = table.drop_duplicates("contrast").set_index("contrast")[["n_visual", "n_text", "n_clusters"]]
