@@ -81,7 +81,7 @@ def page(card: dict[str, Any]) -> str:
         "## Accuracy in percent",
         "",
         "By greedy `generate()` with the saved processor, float32. `heldout` draws only color-shape pairs never seen "
-        "in training; `dev` and `probe` draw all pairs. `dev` served for decisions; `probe` was measured once. "
+        "in training; `dev` and `probe` draw all pairs. `dev` served for decisions, which never looked at `probe`. "
         "`text only` is a misleading hint without a picture: right is then to answer what the hint says, so the table "
         "gives the rate of that answer. `flip` is the share of clean-correct items turned to the lure.",
     ]
