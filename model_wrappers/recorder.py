@@ -53,7 +53,7 @@ class Recorder:
         by_task: dict[str, dict[int, Request]] = defaultdict(dict)
         for request in requests:
             if request.counted:
-                by_task[request.task].setdefault(request.doc_id, request)
+                by_task[request.task][request.doc_id] = request
         tasks, capture = self.observed.tasks, self.observed.capture
         again = sorted(tasks.keys() & by_task.keys())
         if again and capture is not None:
