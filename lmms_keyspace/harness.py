@@ -181,7 +181,14 @@ def _hooked_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
         run = _Run(date=date.replace(":", "-"))
         _prepare_output(bound.arguments, run)
         _current = run
-        results = original(*bound.args, **bound.kwargs)
+        try:
+            results = original(*bound.args, **bound.kwargs)
+        except Exception:
+            # The harness saves nothing of a run that died; `run.data` is what the wrapper captured until then.
+            tracker = bound.arguments.get("evaluation_tracker")
+            if run.data is not None and tracker is not None and tracker.output_path:
+                _write(_folder_of(tracker), run.data)
+            raise
         if results is not None and run.data is not None:
             results["keyspace"] = results_block(run.data)
         return results
@@ -232,11 +239,16 @@ def _hooked_save(original: Callable[..., Any]) -> Callable[..., Any]:
         run, _current = _current, None
         saved = original(self, results=results, samples=samples, datetime_str=datetime_str)
         if run is not None and run.data is not None and self.output_path:
-            _write(Path(self.output_path) / self.general_config_tracker.model_name_sanitized, run.data)
+            _write(_folder_of(self), run.data)
         return saved
 
     setattr(save_results_aggregated, _MARK, True)
     return save_results_aggregated
+
+
+def _folder_of(tracker: Any) -> Path:
+    """Where an EvaluationTracker puts the files of its model."""
+    return Path(tracker.output_path, tracker.general_config_tracker.model_name_sanitized)
 
 
 def results_block(data: RunData) -> dict[str, Any]:

@@ -38,12 +38,17 @@ _VERSIONED = ("lmms-eval", "torch", "transformers", "peft", "numpy", "pandas", "
 Bandwidths = dict[str, dict[str, dict[int, list[float]]]]  # task -> space -> layer -> per KV head
 
 
-def assemble(run: Observed) -> RunData:
-    """Measure divergence for every task, condition and space, and put the run together."""
+def assemble(run: Observed, *, finished: bool = True) -> RunData:
+    """Measure divergence for every task, condition and space, and put the run together.
+
+    Args:
+        finished: False for a run that died: what was captured so far, unmeasured and without the reference pass; its
+            record says that it is not complete.
+    """
     capture = run.capture
     if capture is None:
         return RunData(
-            record=_record(run, {}),
+            record=_record(run, {}, finished),
             gram={},
             divergence=_empty(DIVERGENCE_COLUMNS),
             attention=_empty(ATTENTION_COLUMNS),
@@ -54,7 +59,7 @@ def assemble(run: Observed) -> RunData:
     bandwidths: Bandwidths = {}
     tables: list[pd.DataFrame] = []
     gram: dict[GramKey, KernelSums] = {}
-    for name, task in run.tasks.items():
+    for name, task in run.tasks.items() if finished else ():
         for space in run.arguments.spaces:
             found = _bandwidths(run, capture, name, space)
             bandwidths.setdefault(name, {})[space] = {layer: values.tolist() for layer, values in found.items()}
@@ -63,9 +68,9 @@ def assemble(run: Observed) -> RunData:
                 tables.append(table)
                 gram.update(sums)
     tokens = capture.token_table()
-    tokens["keys_row"], keys = _kept_keys(run, capture, tokens)
+    tokens["keys_row"], keys = _kept_keys(run, capture, tokens, reference=run.second_pass and finished)
     return RunData(
-        record=_record(run, bandwidths),
+        record=_record(run, bandwidths, finished),
         gram=gram,
         divergence=pd.concat(tables, ignore_index=True) if tables else _empty(DIVERGENCE_COLUMNS),
         attention=capture.attention_table(),
@@ -121,7 +126,7 @@ def _measure(
 
 
 def _kept_keys(
-    run: Observed, capture: Capture, tokens: pd.DataFrame
+    run: Observed, capture: Capture, tokens: pd.DataFrame, *, reference: bool
 ) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
     """The keys to save: everything with `keep_keys`, else a sample of tokens and layers.
 
@@ -132,7 +137,7 @@ def _kept_keys(
     if not run.arguments.keep_keys:
         spread = np.linspace(0, len(layers) - 1, min(PICTURE_LAYERS, len(layers))).round().astype(int)
         layers, limit = [layers[index] for index in sorted(set(spread.tolist()))], PICTURE_TOKENS
-    suffixes = {False: "", True: "/base"} if run.second_pass else {False: ""}
+    suffixes = {False: "", True: "/base"} if reference else {False: ""}
     keys_row = np.full(len(tokens), -1, np.int64)
     keys: dict[str, dict[str, np.ndarray]] = {}
     for task in run.tasks:
@@ -143,10 +148,10 @@ def _kept_keys(
         picked = np.flatnonzero(hash_ranks(names, run.arguments.seed, task) < limit)
         keys_row[rows[picked]] = np.arange(len(picked))
         keys[task] = {
-            f"{space}/{layer}{suffix}": _picked(capture.keys(task, None, space, layer, reference=reference)[0], picked)
+            f"{space}/{layer}{suffix}": _picked(capture.keys(task, None, space, layer, reference=base)[0], picked)
             for space in run.arguments.spaces
             for layer in layers
-            for reference, suffix in suffixes.items()
+            for base, suffix in suffixes.items()
         }
     return keys_row, keys
 
@@ -163,7 +168,7 @@ def _options(run: Observed) -> pd.DataFrame | None:
     return table.sort_values(["task", "doc_id"], kind="stable", ignore_index=True)
 
 
-def _record(run: Observed, bandwidths: Bandwidths) -> RunRecord:
+def _record(run: Observed, bandwidths: Bandwidths, finished: bool) -> RunRecord:
     loaded, arguments, info = run.loaded, run.arguments, run.loaded.adapter_info
     tasks = {
         name: TaskRecord(
@@ -217,7 +222,8 @@ def _record(run: Observed, bandwidths: Bandwidths) -> RunRecord:
         n_kv_heads={site.layer: site.n_kv_heads for site in run.decoder.sites},
         bandwidths=bandwidths,
         tasks=tasks,
-        complete=run.capture is None or all(task.rows_selected == task.rows_captured for task in tasks.values()),
+        complete=finished
+        and (run.capture is None or all(task.rows_selected == task.rows_captured for task in tasks.values())),
     )
 
 

@@ -73,6 +73,9 @@ class KeyspaceVLM(lmms):
         Args:
             requests: chat requests `(context, doc_to_messages, generation_kwargs, doc_id, task, split)`. A repeat or
                 a padding clone of a request is answered too, but captured once at most.
+
+        Raises:
+            RuntimeError: the model failed; names the task and the documents. What was captured before is saved.
         """
         if self.world_size > 1 and self.arguments.capture:
             raise InputError(
@@ -80,15 +83,24 @@ class KeyspaceVLM(lmms):
             )
         read = read_requests(requests, self.task_dict, self.loaded.processor)
         self._recorder.plan(read)
+        try:
+            answers = self._answers(read)
+            if self.arguments.option_logprobs:
+                self._score_options([request for request in read if request.counted])
+        except Exception:
+            if self._recorder.observed.capture is not None:
+                harness.hand_over(assemble(self._recorder.observed, finished=False), self.arguments.keys_dir)
+            raise
+        return answers
+
+    def _answers(self, requests: list[Request]) -> list[GenerationResult]:
         answers: dict[int, GenerationResult] = {}
-        with tqdm(total=len(read), desc=self.keyspace_model_name, unit="doc", disable=self.rank != 0) as progress:
-            for settings, indices in batches(read, self.batch_size):
+        with tqdm(total=len(requests), desc=self.keyspace_model_name, unit="doc", disable=self.rank != 0) as progress:
+            for settings, indices in batches(requests, self.batch_size):
                 answer = functools.partial(self._answer, settings)
-                texts = self._in_parts([read[index] for index in indices], answer, progress)
+                texts = self._in_parts([requests[index] for index in indices], answer, progress)
                 answers.update(zip(indices, texts, strict=True))
-        if self.arguments.option_logprobs:
-            self._score_options([request for request in read if request.counted])
-        return [answers[index] for index in range(len(read))]
+        return [answers[index] for index in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation in nats, and whether greedy decoding would write it; in order.

@@ -3,9 +3,11 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from evaluation import answers, evaluate, run_of
+from evaluation import DATE, answers, evaluate, run_of
+from safetensors.numpy import load_file
 from transformers import GenerationMixin
 
 from lmms_keyspace import embedded, harness
@@ -185,7 +187,8 @@ def test_half_precision_runs(tmp_path):
     assert np.isfinite(data.divergence["value"]).all()
 
 
-def test_an_error_of_generate_names_task_and_documents(monkeypatch):
+@pytest.mark.parametrize("model", ["keyspace_llava", "malora_llava"])
+def test_an_error_of_generate_names_task_and_documents_and_leaves_what_was_captured(monkeypatch, tmp_path, model):
     generate = GenerationMixin.generate
     calls = []
 
@@ -198,8 +201,16 @@ def test_an_error_of_generate_names_task_and_documents(monkeypatch):
     monkeypatch.setattr(GenerationMixin, "generate", broken)
     said = r"textbias_probe_quick, document \d+, \d+: ValueError: the model broke"
     with pytest.raises(RuntimeError, match=said):
-        evaluate("keyspace_llava", limit=12, batch_size=2)
+        evaluate(model, tmp_path, limit=12, batch_size=2, model_args="capture_clusters=4")
     assert calls == [2, 2, 2]
+    with pytest.raises(InputError, match="complete is false"):  # no report is made of half a run
+        run_of(tmp_path)
+    record = json.loads((tmp_path / f"{DATE}_keyspace.json").read_text())
+    tokens, attention = (pd.read_parquet(tmp_path / f"{DATE}_{name}.parquet") for name in ("tokens", "attention"))
+    keys = load_file(tmp_path / f"{DATE}_keys_textbias_probe_quick.safetensors")
+    assert record["tasks"]["textbias_probe_quick"]["rows_captured"] == 4
+    assert attention["doc_id"].nunique() == tokens["doc_id"].nunique() == 4
+    assert len(keys["k_pre/3"]) == len(tokens) > 0
 
 
 def short_of_memory(monkeypatch, most):
