@@ -1,0 +1,53 @@
+"""Intervals, tests and power, and everything that follows from saved kernel sums. numpy and scipy only.
+
+The unit of resampling is always the cluster (an image, a scene, a document), never the row or the token: rows of one
+cluster share its luck, and treating them as independent gives intervals that are too narrow.
+"""
+
+from lmms_keyspace.stats.clusters import cluster_bootstrap, cluster_bootstrap_function, paired_cluster_difference
+from lmms_keyspace.stats.hashing import first_half, hash_ranks
+from lmms_keyspace.stats.mmd2 import (
+    MIN_CLUSTERS,
+    mean_over_heads,
+    mmd2_bootstrap,
+    mmd2_from_sums,
+    mmd2_jackknife,
+    paired_mmd2_difference,
+)
+from lmms_keyspace.stats.multiplicity import holm, max_t
+from lmms_keyspace.stats.permutation import label_flips, mmd2_permuted, permutation_test
+from lmms_keyspace.stats.power import mde_from_se, mde_paired
+from lmms_keyspace.stats.rates import matched_pairs, mcnemar_exact, wilson
+from lmms_keyspace.stats.split_half import MIN_SPLIT_CLUSTERS, split_half_mmd2
+from lmms_keyspace.stats.types import ArrayInterval, Estimate, Interval, PairedMMD2, PermutationTest
+
+__all__ = [
+    "MIN_CLUSTERS",
+    "MIN_SPLIT_CLUSTERS",
+    "ArrayInterval",
+    "Estimate",
+    "Interval",
+    "PairedMMD2",
+    "PermutationTest",
+    "cluster_bootstrap",
+    "cluster_bootstrap_function",
+    "first_half",
+    "hash_ranks",
+    "holm",
+    "label_flips",
+    "matched_pairs",
+    "max_t",
+    "mcnemar_exact",
+    "mde_from_se",
+    "mde_paired",
+    "mean_over_heads",
+    "mmd2_bootstrap",
+    "mmd2_from_sums",
+    "mmd2_jackknife",
+    "mmd2_permuted",
+    "paired_cluster_difference",
+    "paired_mmd2_difference",
+    "permutation_test",
+    "split_half_mmd2",
+    "wilson",
+]
