@@ -18,19 +18,23 @@ from lmms_keyspace.stats.multiplicity import holm, max_t
 from lmms_keyspace.stats.permutation import label_flips, mmd2_permuted, permutation_test
 from lmms_keyspace.stats.power import mde_from_se, mde_paired
 from lmms_keyspace.stats.rates import matched_pairs, mcnemar_exact, wilson
+from lmms_keyspace.stats.regression import MIN_REGRESSION_CLUSTERS, Slopes, cluster_slopes
 from lmms_keyspace.stats.split_half import MIN_SPLIT_CLUSTERS, split_half_mmd2
 from lmms_keyspace.stats.types import ArrayInterval, Estimate, Interval, PairedMMD2, PermutationTest
 
 __all__ = [
     "MIN_CLUSTERS",
+    "MIN_REGRESSION_CLUSTERS",
     "MIN_SPLIT_CLUSTERS",
     "ArrayInterval",
     "Estimate",
     "Interval",
     "PairedMMD2",
     "PermutationTest",
+    "Slopes",
     "cluster_bootstrap",
     "cluster_bootstrap_function",
+    "cluster_slopes",
     "first_half",
     "hash_ranks",
     "holm",
