@@ -93,7 +93,9 @@ class Scoring:
         if accuracy in items:
             # With a `score` the harness adds its own clustered standard error: only where that mean is the metric.
             items[accuracy] = row.fields() | {"score": correct}
-        kept = ("image_sha", "gold", "lure", "question", "context")
+        kept = ["image_sha", "gold", "lure", "question", "context"]
+        if "benchmark" not in doc:
+            kept += ["image", "spec"]  # the recipe, from which a report draws the picture again
         reply = {"response": results[0], "correct": correct, "score": correct}
         return row.fields() | {field: doc[field] for field in kept} | reply | items
 

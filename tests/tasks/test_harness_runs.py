@@ -172,7 +172,7 @@ def test_samples_hold_what_a_report_needs(always_gold) -> None:
     _, samples, _ = always_gold
     assert {
         "doc_id", "group_id", "family", "condition", "image_sha", "gold", "lure", "answer", "response", "outcome",
-        "correct", "score", "question", "context",
+        "correct", "score", "question", "context", "image", "spec",
     } <= set(samples[0])  # fmt: skip
     # As the harness writes them: without doc and arguments, other objects as text.
     lines = [
