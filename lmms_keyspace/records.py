@@ -111,6 +111,11 @@ OPTION_COLUMNS: Mapping[str, str] = {
 }
 
 
+def empty_table(columns: Mapping[str, str]) -> pd.DataFrame:
+    """A table of one of the schemas above, without rows."""
+    return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
+
+
 @dataclass(frozen=True)
 class KernelSums:
     """Document-by-document kernel sums, the sufficient statistic of the cluster U-statistic of MMD^2.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -12,21 +12,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lmms_keyspace import __version__, divergence
+from lmms_keyspace import __version__
 from lmms_keyspace.capture import Capture
+from lmms_keyspace.measuring import NOTHING_MEASURED, Bandwidths, Measured, measure_run
 from lmms_keyspace.model_wrappers.observed import Observed
 from lmms_keyspace.records import (
     ATTENTION_COLUMNS,
-    DIVERGENCE_COLUMNS,
     OPTION_COLUMNS,
-    TEXT,
     TOKEN_COLUMNS,
-    VISUAL,
-    GramKey,
-    KernelSums,
     RunData,
     RunRecord,
     TaskRecord,
+    empty_table,
 )
 from lmms_keyspace.stats import hash_ranks
 
@@ -34,8 +31,6 @@ from lmms_keyspace.stats import hash_ranks
 PICTURE_TOKENS = 2000
 PICTURE_LAYERS = 4
 _VERSIONED = ("lmms-eval", "torch", "transformers", "peft", "numpy", "pandas", "scipy")
-
-Bandwidths = dict[str, dict[str, dict[int, list[float]]]]  # task -> space -> layer -> per KV head
 
 
 def assemble(run: Observed, *, finished: bool = True) -> RunData:
@@ -50,29 +45,19 @@ def assemble(run: Observed, *, finished: bool = True) -> RunData:
         return RunData(
             record=_record(run, {}, finished),
             gram={},
-            divergence=_empty(DIVERGENCE_COLUMNS),
-            attention=_empty(ATTENTION_COLUMNS),
-            tokens=_empty(TOKEN_COLUMNS),
+            divergence=NOTHING_MEASURED.table,
+            attention=empty_table(ATTENTION_COLUMNS),
+            tokens=empty_table(TOKEN_COLUMNS),
             keys={},
             options=_options(run),
         )
-    bandwidths: Bandwidths = {}
-    tables: list[pd.DataFrame] = []
-    gram: dict[GramKey, KernelSums] = {}
-    for name, task in run.tasks.items() if finished else ():
-        for space in run.arguments.spaces:
-            found = _bandwidths(run, capture, name, space)
-            bandwidths.setdefault(name, {})[space] = {layer: values.tolist() for layer, values in found.items()}
-            for condition in task.conditions() if found else ():
-                table, sums = _measure(run, capture, name, condition, space, found)
-                tables.append(table)
-                gram.update(sums)
+    measured = _measured(run, capture) if finished else NOTHING_MEASURED
     tokens = capture.token_table()
     tokens["keys_row"], keys = _kept_keys(run, capture, tokens, reference=run.second_pass and finished)
     return RunData(
-        record=_record(run, bandwidths, finished),
-        gram=gram,
-        divergence=pd.concat(tables, ignore_index=True) if tables else _empty(DIVERGENCE_COLUMNS),
+        record=_record(run, measured.bandwidths, finished),
+        gram=measured.gram,
+        divergence=measured.table,
         attention=capture.attention_table(),
         tokens=tokens,
         keys=keys,
@@ -80,47 +65,17 @@ def assemble(run: Observed, *, finished: bool = True) -> RunData:
     )
 
 
-def _sides(
-    capture: Capture, task: str, condition: str | None, space: str, *, reference: bool = False
-) -> tuple[dict[int, torch.Tensor], list[str], dict[int, torch.Tensor], list[str]]:
-    """Visual and text keys by layer, each with the cluster of every row."""
-    keys: dict[str, dict[int, torch.Tensor]] = {VISUAL: {}, TEXT: {}}
-    clusters: dict[str, list[str]] = {VISUAL: [], TEXT: []}
-    for modality in (VISUAL, TEXT):
-        for layer in capture.layers:
-            keys[modality][layer], clusters[modality] = capture.keys(
-                task, condition, space, layer, modality, reference=reference
-            )
-    return keys[VISUAL], clusters[VISUAL], keys[TEXT], clusters[TEXT]
-
-
-def _bandwidths(run: Observed, capture: Capture, task: str, space: str) -> dict[int, np.ndarray]:
-    """Squared bandwidths per layer and KV head; empty when the task shows no image or no text."""
-    visual, _, text, _ = _sides(capture, task, None, space, reference=run.second_pass)
-    if not any(len(side) for keys in (visual, text) for side in keys.values()):
-        return {}
-    return divergence.reference_bandwidths(visual, text, seed=run.arguments.seed)
-
-
-def _measure(
-    run: Observed, capture: Capture, task: str, condition: str, space: str, bandwidth2: Mapping[int, np.ndarray]
-) -> tuple[pd.DataFrame, dict[GramKey, KernelSums]]:
-    visual, clusters_visual, text, clusters_text = _sides(capture, task, condition, space)
+def _measured(run: Observed, capture: Capture) -> Measured:
     source = "base model, this run"
     if run.loaded.adapter is not None:
         source = "base model, adapter disabled" if run.second_pass else "this run, adapted"
-    return divergence.measure(
-        visual,
-        text,
-        clusters_visual=clusters_visual,
-        clusters_text=clusters_text,
-        task=task,
-        condition=condition,
-        space=space,
-        bandwidth2=bandwidth2,
+    return measure_run(
+        capture,
+        conditions={name: task.conditions() for name, task in run.tasks.items()},
+        spaces=run.arguments.spaces,
+        reference=run.second_pass,
         bandwidth_source=source,
         connector=run.decoder.connector,
-        token_filter=f"{VISUAL} against {TEXT}",
         seed=run.arguments.seed,
     )
 
@@ -225,10 +180,6 @@ def _record(run: Observed, bandwidths: Bandwidths, finished: bool) -> RunRecord:
         complete=finished
         and (run.capture is None or all(task.rows_selected == task.rows_captured for task in tasks.values())),
     )
-
-
-def _empty(columns: Mapping[str, str]) -> pd.DataFrame:
-    return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
 
 
 def _sha(parts: Iterable[Any]) -> str:
