@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -213,6 +214,30 @@ def test_batch_size_changes_nothing(llava, rows):
     np.testing.assert_allclose(
         one.attention_table().filter(like="mass_"), eight.attention_table().filter(like="mass_"), atol=1e-5
     )
+
+
+def test_processes_together_hold_what_one_holds(adapted, rows):
+    """Three of them, one without a row; what they send is kept until the first of them gathers."""
+    one, several = run(adapted, rows)[0], [run(adapted, part)[0] for part in (rows[1::2], rows[::2], [])]
+    for capture, part in ((one, rows), *zip(several, (rows[1::2], rows[::2]), strict=False)):
+        with capture.reference_batch(part), torch.inference_mode():
+            adapted(**llava_inputs(part))
+    sent = [[], []]
+    for capture, tensors in zip(several[1:], sent, strict=True):
+        capture.gather(lambda tensor, tensors=tensors: tensors.append(tensor) or [])
+    several[0].gather(lambda tensor: [tensor, *(tensors.pop(0) for tensors in sent)])
+    assert sent == [[], []]
+    exact = [name for name in TOKEN_COLUMNS if name != "key_norm"]
+    assert several[0].token_table()[exact].equals(one.token_table()[exact])
+    assert several[0].attention_table().dtypes.equals(one.attention_table().dtypes)
+    for layer, reference in itertools.product(one.layers, (False, True)):
+        keys, clusters = several[0].keys("toy", layer=layer, reference=reference)
+        expected, expected_clusters = one.keys("toy", layer=layer, reference=reference)
+        torch.testing.assert_close(keys, expected, atol=1e-4, rtol=0)
+        assert clusters == expected_clusters
+    assert several[1].token_table().empty
+    assert several[1].attention_table().empty
+    assert len(several[1].keys("toy")[0]) == 0
 
 
 def test_observing_changes_neither_logits_nor_answers(llava, rows):
