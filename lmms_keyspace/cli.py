@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -45,13 +46,16 @@ def compare(
     allow_mismatch: AllowMismatch = False,
 ) -> None:
     """Paired table of runs against the first: accuracy, flip rate, attention, divergence, with intervals."""
-    from lmms_keyspace.reports import compare_runs, render_comparison
+    from lmms_keyspace.reports import compare as compared
+    from lmms_keyspace.reports import load_runs, render_comparison
 
-    comparison = compare_runs(runs, allow_mismatch=allow_mismatch)
+    loaded = load_runs(runs, allow_mismatch=allow_mismatch)
+    comparison = compared(loaded)
     if json:
         typer.echo(comparison.to_json())
     else:
         render_comparison(comparison, Console())
+    _exit_if_left_out(loaded.left_out)
 
 
 @app.command()
@@ -61,10 +65,20 @@ def report(
     allow_mismatch: AllowMismatch = False,
 ) -> None:
     """One self-contained HTML page (with Markdown and CSV) that puts the runs side by side."""
-    from lmms_keyspace.reports import write_report
+    from lmms_keyspace.reports import load_runs, write_report
 
-    for path in write_report(runs, out, allow_mismatch=allow_mismatch):
+    loaded = load_runs(runs, allow_mismatch=allow_mismatch)
+    for path in write_report(loaded, out):
         typer.echo(path)
+    _exit_if_left_out(loaded.left_out)
+
+
+def _exit_if_left_out(reasons: Sequence[str]) -> None:
+    """The rest was reported; still, not everything that was asked for was done."""
+    for reason in reasons:
+        typer.echo(f"lmms-keyspace: left out: {reason}", err=True)
+    if reasons:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import pandas as pd
 
@@ -15,7 +14,7 @@ from lmms_keyspace.outcomes import not_valid
 from lmms_keyspace.records import NOT_INTERPRETABLE
 from lmms_keyspace.reports.accuracy import probe_rows, stock_rows
 from lmms_keyspace.reports.keyspace import attention_rows, js_rows, mmd2_rows
-from lmms_keyspace.reports.load import Runs, open_runs
+from lmms_keyspace.reports.load import Runs
 from lmms_keyspace.reports.rows import Row
 
 
@@ -33,20 +32,18 @@ class Comparison:
     def to_json(self) -> str:
         """The whole comparison; numbers that do not exist are null."""
         rows = [
-            {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+            {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in row.items()
+            }
             for row in self.table.to_dict("records")
         ]
         content = {"base": self.runs[0], "runs": self.runs, "warnings": self.warnings, "rows": rows}
         return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def compare_runs(paths: Sequence[Path], *, allow_mismatch: bool = False) -> Comparison:
-    """Compare the runs at `paths` with the first; see `open_runs` for what a path may be and what is refused."""
-    return compare(open_runs(paths, allow_mismatch=allow_mismatch))
-
-
 def compare(runs: Runs) -> Comparison:
-    """The paired table of opened runs. p values are adjusted by Holm over the whole table."""
+    """The paired table of loaded runs. p values are adjusted by Holm over the whole table."""
     rows = [
         row
         for task in runs.tasks
@@ -55,10 +52,13 @@ def compare(runs: Runs) -> Comparison:
     ]
     table = pd.DataFrame([asdict(row) for row in rows], columns=list(Row.__dataclass_fields__))
     table["p_adjusted"] = stats.holm(table["p"].to_numpy(dtype=float))
-    return Comparison(tuple(run.label for run in runs.runs), table, (*runs.mismatches, *_warnings(runs)))
+    return Comparison(tuple(run.label for run in runs.runs), table, tuple(_warnings(runs)))
 
 
 def _warnings(runs: Runs) -> Iterator[str]:
+    yield from (f"left out: {reason}" for reason in runs.left_out)
+    yield from runs.mismatches
+    yield from runs.remarks
     for run in runs.runs:
         if run.record is None:
             yield f"{run.label}: no keys were captured (not a model of this plugin); its accuracy only"

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.outcomes import Groups, outcomes_by_group
 from lmms_keyspace.records import RunRecord, TaskRecord
+from lmms_keyspace.reports.check import PROBE_COLUMNS, check_run
+from lmms_keyspace.reports.comparable import Fingerprint, fingerprint, mismatches, remarks
+from lmms_keyspace.reports.labels import labels
+from lmms_keyspace.reports.text import one_line
 from lmms_keyspace.store import LoadedRun, RunFiles, find_runs, load_run
-
-BUNDLED = "bundled"  # RunRecord.pretrained of the model that comes with the package
-_PROBE_COLUMNS = {"group_id", "condition", "outcome"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Run:
     def tasks(self) -> list[str]:
         """Tasks with results, in the order lmms-eval ran them; groups of tasks are left out."""
         results = self.loaded.results
-        return [task for task in results.get("results", {}) if task in results.get("configs", {task: None})]
+        return [task for task in results["results"] if task in results.get("configs", {task: None})]
 
     @cached_property
     def probes(self) -> dict[str, Groups]:
@@ -51,8 +48,14 @@ class Run:
         return {
             task: outcomes_by_group(samples)
             for task, samples in self.loaded.samples.items()
-            if set(samples.columns) >= _PROBE_COLUMNS
+            if set(samples.columns) >= PROBE_COLUMNS
         }
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What another run must share to be compared with this one."""
+        documents = {task: len(samples) for task, samples in self.loaded.samples.items()}
+        return fingerprint(self.loaded.results, documents, self.record)
 
     def task_record(self, task: str) -> TaskRecord | None:
         """What was captured of a task, or None."""
@@ -61,10 +64,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs that are compared with the first, and the reasons why they should not be (empty unless allowed)."""
+    """Runs that are compared with the first, and what was said against it.
+
+    `mismatches` are the reasons why the runs should not be compared (empty unless allowed), `left_out` names the runs
+    that are not among them and why.
+    """
 
     runs: tuple[Run, ...]
     mismatches: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def base(self) -> Run:
@@ -77,36 +85,79 @@ class Runs:
         others = self.runs[1:]
         return [task for task in self.base.tasks if not others or any(task in run.tasks for run in others)]
 
+    @property
+    def remarks(self) -> list[str]:
+        """Differences to the base that may move values slightly or are what is compared, such as the dtype."""
+        return [
+            f"{run.label}: {remark}"
+            for run in self.runs[1:]
+            for remark in remarks(self.base.fingerprint, run.fingerprint)
+        ]
 
-def open_runs(paths: Sequence[Path], *, allow_mismatch: bool = False) -> Runs:
+
+def load_runs(paths: Sequence[Path | str], *, allow_mismatch: bool = False) -> Runs:
     """Load runs. A path stands for the newest run of every model and adapter in it; the first run is the base.
 
-    Raises InputError when a path has no run, a run is damaged or incomplete, no task is shared with the base, or runs
-    differ in what makes them comparable (task version, generator, prompts, image tokens, pixels, batch size, attention
-    implementation) and `allow_mismatch` is not set.
+    A run that is damaged or incomplete, has no task of the base, or differs from it in what makes runs comparable
+    (`comparable.mismatches`; unless `allow_mismatch` is set) is left out with its reason, as long as another one
+    remains to be compared.
+
+    Raises InputError when no path is given, the base cannot be used, or nothing remains to be compared with it.
+    """
+    base, *others = open_runs(paths)
+    if isinstance(base, InputError):
+        raise base
+    kept, said = [base], []
+    refused: list[InputError] = []
+    for run in others:
+        if isinstance(run, InputError):
+            refused.append(run)
+            continue
+        reasons = mismatches(base.fingerprint, run.fingerprint)
+        if not set(run.tasks) & set(base.tasks):
+            way_out = f"it shares no task with {base.label}, which has {base.tasks}"
+            refused.append(InputError(f"tasks of {run.label}", run.tasks, way_out))
+        elif reasons and not allow_mismatch:
+            way_out = f"it must not be compared with {base.label}; --allow-mismatch does it and says so"
+            refused.append(InputError(run.label, "; ".join(reasons), way_out))
+        else:
+            kept.append(run)
+            said += [f"{run.label}: {reason}" for reason in reasons]
+    if refused and len(kept) == 1:
+        raise refused[0]
+    return Runs(tuple(kept), tuple(said), tuple(str(error) for error in refused))
+
+
+def open_runs(paths: Sequence[Path | str]) -> list[Run | InputError]:
+    """The runs at `paths` in order under distinct labels, comparable or not; where one cannot be read, its error.
+
+    Raises InputError when no path is given.
     """
     if not paths:
         raise InputError("runs", [], "name at least one run folder")
-    files = list(dict.fromkeys(file for path in paths for file in _newest_of_each_model(Path(path))))
-    loaded = [load_run(file) for file in files]
-    runs = tuple(Run(label, run) for label, run in zip(_labels(loaded), loaded, strict=True))
-    for run in runs[1:]:
-        if not set(run.tasks) & set(runs[0].tasks):
-            raise InputError(
-                "runs", run.label, f"it shares no task with {runs[0].label}: {run.tasks} against {runs[0].tasks}"
-            )
-    mismatches = tuple(reason for run in runs[1:] for reason in _mismatches(runs[0], run))
-    if mismatches and not allow_mismatch:
-        raise InputError(
-            "runs", "; ".join(mismatches), "these runs must not be compared; --allow-mismatch does it and says so"
-        )
-    return Runs(runs, mismatches)
+    found: dict[RunFiles | Path, LoadedRun | InputError] = {}
+    for path in map(Path, paths):
+        try:
+            for files in _newest_of_each_model(path):
+                found[files] = _loaded(files)
+        except InputError as error:
+            found[path] = error
+    names = iter(labels([run for run in found.values() if isinstance(run, LoadedRun)]))
+    return [run if isinstance(run, InputError) else Run(next(names), run) for run in found.values()]
+
+
+def _loaded(files: RunFiles) -> LoadedRun | InputError:
+    try:
+        run = load_run(files)
+        check_run(run)
+    except InputError as error:
+        name = one_line(f"{files.folder.name}/{files.date}")
+        return InputError(f"run {name}, {error.argument}", error.value, error.way_out)
+    return run
 
 
 def _newest_of_each_model(path: Path) -> list[RunFiles]:
-    newest: dict[str, RunFiles] = {}
-    for files in find_runs(path):
-        newest[_identity(files)] = files
+    newest = {_identity(files): files for files in find_runs(path)}
     return sorted(newest.values(), key=lambda files: (files.date, files.folder))
 
 
@@ -115,65 +166,5 @@ def _identity(files: RunFiles) -> str:
     try:
         config = json.loads(files.results.read_text(encoding="utf-8", errors="replace"))["config"]
         return f"{files.folder}\0{config['model']}\0{config['model_args']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{files.folder}\0{files.date}"
-
-
-def _labels(loaded: Sequence[LoadedRun]) -> list[str]:
-    """Short and distinct: the adapter, or the model where there is none; the date where that is not enough."""
-    labels = [_label(run) for run in loaded]
-    for detail in (lambda run: run.files.date, lambda run: run.files.folder.name):
-        repeated = {label for label, count in Counter(labels).items() if count > 1}
-        labels = [
-            f"{label} ({detail(run)})" if label in repeated else label
-            for label, run in zip(labels, loaded, strict=True)
-        ]
-    seen: Counter[str] = Counter()
-    for index, label in enumerate(labels):
-        seen[label] += 1
-        labels[index] = label if seen[label] == 1 else f"{label} #{seen[label]}"
-    return labels
-
-
-def _label(run: LoadedRun) -> str:
-    if run.data is None:
-        config = run.results.get("config") or {}
-        found = re.search(r"pretrained=([^,]+)", str(config.get("model_args")))
-        return _last_part(found[1]) if found else str(config.get("model", run.files.folder.name))
-    record = run.data.record
-    bundled = "bundled base" if record.pretrained == BUNDLED else _last_part(record.pretrained)
-    name = _last_part(record.adapter) if record.adapter else bundled
-    return f"{name} + {record.intervention}" if record.intervention else name
-
-
-def _last_part(name: str) -> str:
-    return re.split(r"[/\\:]", name.rstrip("/\\"))[-1] or name
-
-
-def _mismatches(base: Run, run: Run) -> list[str]:
-    """Every reason why `run` must not be compared with `base`, in words."""
-    found = []
-
-    def check(what: str, of_base: object, of_run: object) -> None:
-        if of_base != of_run:
-            found.append(f"{run.label}: {what} is {of_run}, {base.label} has {of_base}")
-
-    for task in (task for task in base.tasks if task in run.tasks):
-        versions = [one.loaded.results.get("versions", {}).get(task) for one in (base, run)]
-        check(f"{task} version", *versions)
-        first, second = base.task_record(task), run.task_record(task)
-        if first and second:
-            check(f"{task} generator", first.generator, second.generator)
-            check(f"{task} prompt hash (wording, order or --limit)", first.prompt_hash[:12], second.prompt_hash[:12])
-            check(f"{task} image tokens", first.image_tokens, second.image_tokens)
-        else:
-            documents = [len(one.loaded.samples.get(task, pd.DataFrame())) for one in (base, run)]
-            if all(documents):
-                check(f"{task} documents", *documents)
-    if base.record and run.record:
-        check("batch size", base.record.batch_size, run.record.batch_size)
-        check("attention implementation", base.record.attn_implementation, run.record.attn_implementation)
-        check("processor", base.record.processor_hash[:12], run.record.processor_hash[:12])
-    else:
-        check("batch size", str(base.config.get("batch_size")), str(run.config.get("batch_size")))
-    return found

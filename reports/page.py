@@ -13,7 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lmms_keyspace import __version__
 from lmms_keyspace.reports import wording
 from lmms_keyspace.reports.compare import Comparison
-from lmms_keyspace.reports.load import BUNDLED, Run, Runs
+from lmms_keyspace.reports.labels import BUNDLED
+from lmms_keyspace.reports.load import Run, Runs
 from lmms_keyspace.reports.sections import Section
 from lmms_keyspace.reports.verdict import NOT_COMPARED, NOT_MEASURED, Finding, Verdict, same_change
 

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.reports.compare import compare
-from lmms_keyspace.reports.load import open_runs
+from lmms_keyspace.reports.load import Runs
 from lmms_keyspace.reports.page import Report, html, markdown
 from lmms_keyspace.reports.sections import section
 from lmms_keyspace.reports.verdict import verdicts
 from lmms_keyspace.reports.wording import printed
 
 
-def write_report(paths: Sequence[Path], out: Path, *, allow_mismatch: bool = False) -> list[Path]:
+def write_report(runs: Runs, out: Path) -> list[Path]:
     """Write `report.html`, `report.md` and the CSV tables behind them into `out`; returns the files, the page first.
 
-    The first run is the base. Raises InputError for an `out` that is no folder and for what `open_runs` refuses;
-    nothing is written then.
+    The first run is the base. Raises InputError for an `out` that is no folder; nothing is written then.
     """
     if out.exists() and not out.is_dir():
         raise InputError("out", str(out), "name a folder: this is a file")
-    runs = open_runs(paths, allow_mismatch=allow_mismatch)
     comparison = compare(runs)
     sections = tuple(section([run for run in runs.runs if task in run.tasks], task) for task in runs.tasks)
     report = Report(runs, comparison, tuple(verdicts(comparison.table)), sections)

@@ -263,6 +263,7 @@ def _tokens(run: FakeRun) -> pd.DataFrame:
             "grid_column": token,
             "token_id": token,
             "key_norm": 3.0,
+            "sink": False,
         }
         for index, cluster in enumerate(clusters)
         for modality in ("visual", "text")

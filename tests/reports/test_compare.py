@@ -15,13 +15,13 @@ from fake_runs import BASE, LORA, MALORA, TASK
 from rich.console import Console
 
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.reports import compare_runs, render_comparison
+from lmms_keyspace.reports import compare, load_runs, render_comparison
 from lmms_keyspace.reports.wording import number, p_value, printed
 
 
 @pytest.fixture(scope="module")
 def comparison(three_runs):
-    return compare_runs(three_runs)
+    return compare(load_runs(three_runs))
 
 
 def row(comparison, metric: str, run: str):
@@ -32,7 +32,7 @@ def row(comparison, metric: str, run: str):
 
 def test_runs_are_named_and_ordered_as_given(three_runs, comparison):
     assert comparison.runs == ("bundled base", "malora", "lora")
-    turned = compare_runs([three_runs[2], three_runs[0]])
+    turned = compare(load_runs([three_runs[2], three_runs[0]]))
     assert turned.runs == ("lora", "bundled base")
     assert row(turned, "text_flip_rate", "bundled base").delta == pytest.approx(12 / 46)
 
@@ -119,9 +119,9 @@ def test_js_at_the_ceiling_is_said(comparison):
 def test_runs_that_must_not_be_compared(tmp_path, change, reason):
     paths = [fake_runs.write(BASE, tmp_path), fake_runs.write(replace(MALORA, **change), tmp_path)]
     with pytest.raises(InputError, match=reason) as error:
-        compare_runs(paths)
+        compare(load_runs(paths))
     assert "--allow-mismatch" in str(error.value)
-    allowed = compare_runs(paths, allow_mismatch=True)
+    allowed = compare(load_runs(paths, allow_mismatch=True))
     assert any(reason in warning for warning in allowed.warnings)
 
 
@@ -131,12 +131,12 @@ def test_another_task_version_is_refused(tmp_path):
     content = json.loads(results.read_text())
     results.write_text(json.dumps(content | {"versions": {TASK: 2.0}}))
     with pytest.raises(InputError, match=r"version is 2\.0"):
-        compare_runs(paths)
+        compare(load_runs(paths))
 
 
 def test_other_bandwidths_leave_the_divergence_uncompared(tmp_path):
     other = replace(MALORA, bandwidth=20.0)
-    result = compare_runs([fake_runs.write(BASE, tmp_path), fake_runs.write(other, tmp_path)])
+    result = compare(load_runs([fake_runs.write(BASE, tmp_path), fake_runs.write(other, tmp_path)]))
     found = row(result, "mmd2", "malora")
     assert "not comparable across runs" in found.note
     assert np.isnan(found.delta)
@@ -147,12 +147,12 @@ def test_no_shared_task_is_refused(tmp_path):
     for file in paths[1].glob("*_results.json"):
         file.write_text(file.read_text().replace(TASK, "another"))
     with pytest.raises(InputError, match="shares no task"):
-        compare_runs(paths)
+        compare(load_runs(paths))
 
 
 def test_stock_run_has_accuracy_only(tmp_path):
     paths = [fake_runs.write(replace(run, capture=False), tmp_path) for run in (BASE, LORA)]
-    result = compare_runs(paths)
+    result = compare(load_runs(paths))
     assert set(result.table["unit"]) == {"%"}
     assert not result.table["metric"].str.startswith("image_mass").any()
     assert any("no keys were captured" in warning for warning in result.warnings)
@@ -160,7 +160,7 @@ def test_stock_run_has_accuracy_only(tmp_path):
 
 def test_capture_off_is_said(tmp_path):
     folder = fake_runs.write(replace(BASE, record={"capture": False}), tmp_path)
-    assert any("capture=off" in warning for warning in compare_runs([folder]).warnings)
+    assert any("capture=off" in warning for warning in compare(load_runs([folder])).warnings)
 
 
 def test_a_task_that_is_no_probe_is_compared_by_the_harness_metric(tmp_path):
@@ -180,7 +180,7 @@ def test_a_task_that_is_no_probe_is_compared_by_the_harness_metric(tmp_path):
         rewrite(fake_runs.write(replace(BASE, name=name, capture=False), tmp_path), scores)
         for name, scores in (("a", [1.0] * 10 + [0.0] * 10), ("b", [1.0] * 15 + [0.0] * 5))
     ]
-    table = compare_runs(paths).table
+    table = compare(load_runs(paths)).table
     assert set(table["metric"]) == {"acc", "judge"}
     found = table[(table["metric"] == "acc") & table["delta"].notna()].iloc[0]
     assert found["delta"] == pytest.approx(0.25)
@@ -193,7 +193,7 @@ def test_a_task_that_is_no_probe_is_compared_by_the_harness_metric(tmp_path):
 def test_an_output_root_stands_for_the_newest_run_of_each_model(tmp_path):
     for run in (replace(BASE, date="20260101_000000"), BASE, MALORA):
         fake_runs.write(run, tmp_path)
-    assert compare_runs([tmp_path]).runs == ("bundled base", "malora")
+    assert compare(load_runs([tmp_path])).runs == ("bundled base", "malora")
 
 
 def test_equal_names_get_their_dates(tmp_path):
@@ -201,21 +201,21 @@ def test_equal_names_get_their_dates(tmp_path):
         fake_runs.write(replace(BASE, name=name, date=date), tmp_path)
         for name, date in (("a", "20260101_000000"), ("b", "20260102_000000"))
     ]
-    assert compare_runs(paths).runs == ("bundled base (20260101_000000)", "bundled base (20260102_000000)")
+    assert compare(load_runs(paths)).runs == ("bundled base (20260101_000000)", "bundled base (20260102_000000)")
 
 
 def test_incomplete_groups_and_an_invalid_probe_are_warned_of(tmp_path):
     folder = fake_runs.write(replace(BASE, clean_wrong=20), tmp_path)
     samples = next(folder.glob("*.jsonl"))
     samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:-1]))
-    warnings = " ".join(compare_runs([folder]).warnings)
+    warnings = " ".join(compare(load_runs([folder])).warnings)
     assert "lost 1 incomplete groups" in warnings
     assert "says nothing about this model" in warnings
 
 
 def test_not_interpretable_is_said(tmp_path):
     folder = fake_runs.write(replace(BASE, task_record={"interpretable": False}), tmp_path)
-    assert any("not interpretable" in warning for warning in compare_runs([folder]).warnings)
+    assert any("not interpretable" in warning for warning in compare(load_runs([folder])).warnings)
 
 
 def test_json_holds_the_table_without_nan(comparison):
@@ -254,7 +254,7 @@ def test_signed_numbers_and_p_values():
 
 
 def test_equal_input_gives_equal_output(three_runs, comparison):
-    assert compare_runs(three_runs).to_json() == comparison.to_json()
+    assert compare(load_runs(three_runs)).to_json() == comparison.to_json()
 
 
 def test_the_reports_need_neither_torch_nor_lmms_eval():

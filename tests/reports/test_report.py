@@ -15,7 +15,7 @@ import pytest
 from fake_runs import BASE, LORA, MALORA, TASK
 
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.reports import compare_runs, write_report
+from lmms_keyspace.reports import compare, load_runs, write_report
 from lmms_keyspace.reports.verdict import same_change, verdicts
 from lmms_keyspace.reports.wording import printed
 
@@ -43,7 +43,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def folder(three_runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "new" / "folder"
-    written = write_report(three_runs, out)
+    written = write_report(load_runs(three_runs), out)
     assert written[0].name == "report.html"
     assert set(written) == set(out.iterdir())
     return out
@@ -111,7 +111,7 @@ def test_page_markdown_and_csv_agree_to_the_last_digit(folder, page):
 
 
 def test_the_verdict_separates_divergence_from_reliance(page, three_runs):
-    malora, lora = verdicts(compare_runs(three_runs).table)
+    malora, lora = verdicts(compare(load_runs(three_runs)).table)
     assert (malora.divergence.answer, malora.reliance.answer) == ("fell", "no change detected")
     assert "the answers did not follow" in malora.conclusion
     assert "11.0 points or more would be found 4 times in 5" in malora.reliance.evidence[0]
@@ -141,7 +141,7 @@ def test_a_change_that_only_a_control_shows_is_said_of_the_control():
 
 def test_a_difference_that_may_not_be_taken_is_not_judged(tmp_path):
     paths = [fake_runs.write(run, tmp_path) for run in (BASE, replace(MALORA, bandwidth=20.0))]
-    (verdict,) = verdicts(compare_runs(paths).table)
+    (verdict,) = verdicts(compare(load_runs(paths)).table)
     assert verdict.divergence.answer == "not compared"
     assert "not comparable across runs" in verdict.divergence.evidence[0]
     assert verdict.reliance.answer == "no change detected"
@@ -150,7 +150,8 @@ def test_a_difference_that_may_not_be_taken_is_not_judged(tmp_path):
 def test_hostile_text_is_escaped_and_shortened(tmp_path):
     run = replace(BASE, answers={0: HOSTILE}, record={"pretrained": "x/<b>$model$</b>"})
     other = replace(LORA, answers={0: "fine"}, record={"adapter": "a/<svg onload=x>", "pretrained": "x/<b>$model$</b>"})
-    source = next(iter(write_report([fake_runs.write(one, tmp_path / "in") for one in (run, other)], tmp_path / "out")))
+    runs = load_runs([fake_runs.write(one, tmp_path / "in") for one in (run, other)])
+    source = write_report(runs, tmp_path / "out")[0]
     text = source.read_text()
     page = Page(text)
     assert_self_contained(page)
@@ -163,7 +164,7 @@ def test_hostile_text_is_escaped_and_shortened(tmp_path):
 
 def test_stock_runs_show_accuracy_only_and_say_so(tmp_path):
     paths = [fake_runs.write(replace(run, capture=False), tmp_path) for run in (BASE, LORA)]
-    page = Page(write_report(paths, tmp_path / "out")[0].read_text())
+    page = Page(write_report(load_runs(paths), tmp_path / "out")[0].read_text())
     assert "no keys were captured" in page.text
     assert "What it answered" in page.text
     assert "How far apart" not in page.text
@@ -173,32 +174,32 @@ def test_stock_runs_show_accuracy_only_and_say_so(tmp_path):
 
 def test_a_benchmark_that_the_model_cannot_read_is_marked(tmp_path):
     run = fake_runs.write(replace(BASE, task_record={"interpretable": False}), tmp_path)
-    page = Page(write_report([run], tmp_path / "out")[0].read_text())
+    page = Page(write_report(load_runs([run]), tmp_path / "out")[0].read_text())
     assert "Not interpretable for: bundled base" in page.text
     assert "nothing to compare" in page.text
 
 
 def test_equal_input_gives_an_equal_report(folder, three_runs, tmp_path):
-    again = write_report(three_runs, tmp_path)
+    again = write_report(load_runs(three_runs), tmp_path)
     for path in again:
         assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
 
 
 def test_runs_keep_their_order(three_runs, tmp_path):
-    page = Page(write_report([three_runs[1], three_runs[2], three_runs[0]], tmp_path)[0].read_text())
+    page = Page(write_report(load_runs([three_runs[1], three_runs[2], three_runs[0]]), tmp_path)[0].read_text())
     assert "malora (base) and 2 more runs" in page.text
 
 
 def test_refused_input_writes_nothing(tmp_path):
     with pytest.raises(InputError, match="there is no run here"):
-        write_report([tmp_path], tmp_path / "out")
+        write_report(load_runs([tmp_path]), tmp_path / "out")
     run = fake_runs.write(MALORA, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="name a folder"):
-        write_report([run], tmp_path / "file")
+        write_report(load_runs([run]), tmp_path / "file")
     next(run.glob("*_tokens.parquet")).unlink()
     with pytest.raises(InputError, match="incomplete"):
-        write_report([run], tmp_path / "out")
+        write_report(load_runs([run]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -241,6 +242,6 @@ def test_task_names_cannot_leave_the_folder(tmp_path):
     for path in list(folder.iterdir()):
         path.write_text(path.read_text().replace(TASK, "..weird task"))
         path.rename(path.with_name(path.name.replace(TASK, "..weird task")))
-    written = write_report([folder], tmp_path / "out")
+    written = write_report(load_runs([folder]), tmp_path / "out")
     assert {path.parent for path in written} == {tmp_path / "out"}
     assert all(not path.name.startswith(".") for path in written)
