@@ -8,21 +8,27 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 from .check import AdapterInfo, check_adapter
-from .config import MaloraConfig, matched_lora_config
+from .config import MaloraConfig
 from .layer import MaloraLayer, MaloraLinear
 from .modality import ModalityMask, modality_mask, visual_token_ids
 from .model import MaloraModel
+from .presets import PRESETS, Preset, matched_lora_config, preset
+from .targets import check_targets
 
 __all__ = [
+    "PRESETS",
     "AdapterInfo",
     "MaloraConfig",
     "MaloraLayer",
     "MaloraLinear",
     "MaloraModel",
     "ModalityMask",
+    "Preset",
     "check_adapter",
+    "check_targets",
     "matched_lora_config",
     "modality_mask",
+    "preset",
     "visual_token_ids",
 ]
 

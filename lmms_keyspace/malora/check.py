@@ -10,23 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from lmms_keyspace.errors import InputError
 
-from .config import MaloraConfig, head_width, kv_heads
-from .model import MaloraModel
+from .config import MaloraConfig
+from .targets import Target, find_targets, matches, skeleton
 
-# Tensors of a method: name ending -> which dimension of the linear layer each axis is, and which multiple of r.
+# Tensors of a method: name ending -> what each axis is: a rank that the config gives, or a width of the linear layer.
 _SHAPES = {
-    "MALORA": {"malora_A": ("2r", "in"), "malora_B": ("out", "2r"), "malora_gate_weight": ("2", "in")},
+    "MALORA": {"malora_A": ("r of A", "in"), "malora_B": ("out", "r of B"), "malora_gate_weight": ("gates", "in")},
     "LORA": {"lora_A.weight": ("r", "in"), "lora_B.weight": ("out", "r")},
 }
 _CONFIGS: dict[str, Any] = {"MALORA": MaloraConfig, "LORA": LoraConfig}
-_MATCHES = {"MALORA": MaloraModel._check_target_module_exists, "LORA": check_target_module_exists}
+_BASE = "base_model.model."  # in front of a module's name in a saved adapter
 # Other towers of a vision-language model number their layers too; this check is about the decoder.
 _OTHER_TOWERS = re.compile(r"\b(vision|visual|audio)")
 
@@ -70,7 +69,7 @@ def check_adapter(folder: str | Path, model_config: Any) -> AdapterInfo:
         raise InputError("peft", str(path), f"its PEFT type is {method!r}; known types: {', '.join(_SHAPES)}.")
     config = _parse(settings, method, path)
     shapes = _read_shapes(weights)
-    _check_tensors(str(path), method, config, shapes, model_config.get_text_config())
+    _check_tensors(str(path), method, config, shapes, model_config)
     digest = hashlib.sha256()
     with weights.open("rb") as file:
         for chunk in iter(lambda: file.read(1 << 20), b""):
@@ -107,8 +106,18 @@ def _read_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
         raise InputError("peft", str(weights), f"it is not a safetensors file ({error}); save it again.") from error
 
 
-def _check_tensors(folder: str, method: str, config: Any, shapes: dict[str, tuple[int, ...]], text_config: Any) -> None:
-    n_layers = text_config.num_hidden_layers
+def _check_tensors(
+    folder: str, method: str, config: Any, shapes: dict[str, tuple[int, ...]], model_config: Any
+) -> None:
+    n_layers = model_config.get_text_config().num_hidden_layers
+    model = skeleton(model_config)
+    linears = {name: module for name, module in model.named_modules() if hasattr(module, "out_features")}
+    targets: dict[str, Target] = {}
+    if isinstance(config, MaloraConfig):
+        try:
+            targets = find_targets(config, model)
+        except InputError as error:
+            raise InputError("peft", folder, f"{error.argument}: {error.way_out} {_WRONG_MODEL}") from error
     adapted: dict[str, set[str]] = {}  # module -> endings of its tensors
     for name, shape in shapes.items():
         module, ending = _split(name, method)
@@ -119,29 +128,25 @@ def _check_tensors(folder: str, method: str, config: Any, shapes: dict[str, tupl
             raise InputError(
                 "peft", folder, f"it adapts layer {layer[1]}, but this model has {n_layers} layers; {_WRONG_MODEL}"
             )
+        if module not in linears:
+            raise InputError("peft", folder, f"it adapts {module!r}, which this model lacks; {_WRONG_MODEL}")
         adapted.setdefault(module, set()).add(ending)
-        rank = _rank(config, module)
-        sizes = {"r": rank, "2r": 2 * rank, "2": 2} | _widths(module, text_config)
+        widths, ranks = _sizes(config, module, linears[module], targets.get(module))
         for axis, (label, size) in enumerate(zip(_SHAPES[method][ending], shape, strict=True)):
-            if label in sizes and sizes[label] != size:
-                what = "its config has r" if "r" in label else "this model needs"
+            needed = (widths | ranks)[label]
+            if needed != size:
+                whose = "this model needs" if label in widths else f"its config has r {config.r}, which makes"
                 raise InputError(
                     "peft",
                     folder,
-                    f"{name} has shape {list(shape)}; axis {axis} must be {sizes[label]} ({what} "
-                    f"{rank if 'r' in label else sizes[label]}); {_WRONG_MODEL}",
+                    f"{name} has shape {list(shape)}; axis {axis} must be {needed} ({whose} {needed}); {_WRONG_MODEL}",
                 )
     if not adapted:
         raise InputError("peft", folder, f"it holds no {method} tensor of a decoder layer; {_WRONG_MODEL}")
     # PEFT would leave weights at random that the settings ask for and the file lacks, with no more than a warning.
-    siblings = {
-        re.sub(r"\.layers\.\d+\.", f".layers.{layer}.", module) for module in adapted for layer in range(n_layers)
-    }
-    wanted = adapted.keys() | {
-        module for module in siblings if _MATCHES[method](config, module.removeprefix("base_model.model."))
-    }
-    unused = {"malora_gate_weight"} if method == "MALORA" and config.gate != "token" else set()
-    for module in sorted(wanted):
+    wanted = targets.keys() or {n for n in linears if not _OTHER_TOWERS.search(n) and matches(config, n)}
+    unused = {"malora_gate_weight"} if method == "MALORA" and config.gate in ("none", "modality") else set()
+    for module in sorted(wanted | adapted.keys()):
         missing = _SHAPES[method].keys() - unused - adapted.get(module, set())
         if missing:
             raise InputError("peft", folder, f"it has no {min(missing)} for {module!r} of this model; {_WRONG_MODEL}")
@@ -154,28 +159,16 @@ def _split(name: str, method: str) -> tuple[str, str | None]:
     """Module name and tensor ending of a saved tensor; the ending is None for tensors this check does not know."""
     for ending in _SHAPES[method]:
         if name.endswith("." + ending):
-            return name.removesuffix("." + ending), ending
+            return name.removeprefix(_BASE).removesuffix("." + ending), ending
     return name, None
 
 
-def _rank(config: Any, module: str) -> int:
-    patterns = getattr(config, "rank_pattern", None) or {}
-    key = get_pattern_key(list(patterns), module)
-    return int(patterns.get(key, config.r))
-
-
-def _widths(module: str, text_config: Any) -> dict[str, int]:
-    """Input and output width of a decoder's linear layer, by its usual name; empty for other names."""
-    hidden, head = int(text_config.hidden_size), head_width(text_config)
-    queries, keys = text_config.num_attention_heads * head, kv_heads(text_config) * head
-    widths = {
-        "q_proj": (hidden, queries),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (queries, hidden),
-        "gate_proj": (hidden, text_config.intermediate_size),
-        "up_proj": (hidden, text_config.intermediate_size),
-        "down_proj": (text_config.intermediate_size, hidden),
-    }
-    into_and_out = widths.get(module.rpartition(".")[2])
-    return {} if into_and_out is None else {"in": into_and_out[0], "out": into_and_out[1]}
+def _sizes(config: Any, module: str, linear: Any, target: Target | None) -> tuple[dict[str, int], dict[str, int]]:
+    """Sizes of the axes of `_SHAPES`: widths, which the layer gives, and ranks, which the config gives."""
+    widths = {"in": int(linear.in_features), "out": int(linear.out_features)}
+    if target is None:
+        patterns = getattr(config, "rank_pattern", None) or {}
+        return widths, {"r": int(patterns.get(get_pattern_key(list(patterns), module), config.r))}
+    widths["out"] = target.out_features
+    gates = config.gate_outputs(target.heads)
+    return widths, {"r of A": config.down_rows, "r of B": config.up_columns, "gates": gates}

@@ -11,6 +11,8 @@ Rules:
   model emitted the placeholder's id.
 - A call that brings images but has no placeholder is an error, as is a call by `inputs_embeds` alone, where nothing
   says which token is visual; `modality_mask` gives the mask by hand there.
+- The question, which MokA's cross-attention reads, is all text of the call that is neither padding nor an answer to be
+  learned (a token with a label).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,6 +34,7 @@ from lmms_keyspace.errors import InputError
 PLACEHOLDER_IDS = ("image_token_id", "video_token_id")
 PIXEL_ARGUMENTS = ("pixel_values", "pixel_values_videos")
 ENCODED_IMAGES = "mm_encoder_outputs"
+IGNORED_LABEL = -100
 
 
 def visual_token_ids(config: Any) -> tuple[int, ...]:
@@ -54,8 +57,15 @@ def visual_token_ids(config: Any) -> tuple[int, ...]:
     return ids
 
 
+class TokenMasks(NamedTuple):
+    """What the tokens of one call are; both `[batch, tokens]`, bool."""
+
+    visual: torch.Tensor
+    question: torch.Tensor
+
+
 class ModalityMask:
-    """Mask of visual tokens of the forward pass under way, `[batch, tokens]`, True where visual.
+    """The token masks of the forward pass under way, above all which tokens are visual.
 
     Gradient checkpointing runs a decoder layer a second time during the backward pass, possibly after further forward
     passes with other images. The mask of a recomputation is therefore found by the rotary tables
@@ -68,9 +78,9 @@ class ModalityMask:
         self.token_ids = token_ids
         self.parameters = parameters
         self._given: torch.Tensor | None = None
-        self._current: torch.Tensor | None = None
+        self._current: TokenMasks | None = None
         self._running = False
-        self._copies: dict[torch.device, torch.Tensor] = {}
+        self._copies: dict[torch.device, TokenMasks] = {}
         self._by_rotary_table = WeakIdKeyDictionary()
 
     @classmethod
@@ -110,38 +120,61 @@ class ModalityMask:
             self._set(None if table is None else self._by_rotary_table.get(table))
 
     def of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The mask for the hidden states `[batch, tokens, width]` of a layer, on their device.
+        """Which tokens are visual, for the hidden states `[batch, tokens, width]` of a layer, on their device.
 
         Raises:
             InputError: no mask is known for this call, or it has another shape than the hidden states.
         """
-        mask = self._given if self._current is None else self._current
-        if mask is None:
+        return self._on_device_of(hidden).visual
+
+    def question(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Which tokens are the question; as `of`."""
+        return self._on_device_of(hidden).question
+
+    def _on_device_of(self, hidden: torch.Tensor) -> TokenMasks:
+        """One copy per device and call, for models whose layers are spread over several."""
+        masks = self._current
+        if masks is None and self._given is not None:  # the decoder was called by itself
+            masks = TokenMasks(self._given, ~self._given)
+        if masks is None:
             raise InputError(
                 "inputs_embeds",
                 tuple(hidden.shape),
                 "MaLoRA cannot see which tokens are visual; call the whole model with `input_ids`, or give the mask: "
                 "`with lmms_keyspace.malora.modality_mask(model, mask)`.",
             )
-        if mask.shape != hidden.shape[:-1]:
+        if masks.visual.shape != hidden.shape[:-1]:
             raise InputError(
                 "modality_mask",
-                tuple(mask.shape),
+                tuple(masks.visual.shape),
                 f"the hidden states have shape {tuple(hidden.shape)}; the mask must be [batch, tokens] of the same "
                 "call, with beams and repeats already expanded.",
             )
         if hidden.device not in self._copies:
-            self._copies[hidden.device] = mask.to(hidden.device)
+            self._copies[hidden.device] = TokenMasks(*(mask.to(hidden.device) for mask in masks))
         return self._copies[hidden.device]
 
-    def _set(self, mask: torch.Tensor | None) -> None:
-        self._current = mask
+    def _set(self, masks: TokenMasks | None) -> None:
+        self._current = masks
         self._copies = {}
 
-    def _read(self, call: Mapping[str, Any]) -> torch.Tensor | None:
+    def _read(self, call: Mapping[str, Any]) -> TokenMasks | None:
+        visual = self._visual(call)
+        if visual is None:
+            return None  # the first adapted layer says so, if one is switched on
+        question = ~visual
+        real = call.get("attention_mask")
+        if isinstance(real, torch.Tensor) and real.dim() == 2:  # with a cache it covers the cached tokens, too
+            question = question & real[:, -visual.shape[1] :].to(question)
+        labels = call.get("labels")
+        if labels is not None:
+            question = question & (labels == IGNORED_LABEL).to(question.device)
+        return TokenMasks(visual, question)
+
+    def _visual(self, call: Mapping[str, Any]) -> torch.Tensor | None:
         input_ids = call.get("input_ids")
         if input_ids is None:
-            return self._given  # None without `modality_mask`: the first adapted layer says so, if one is switched on
+            return self._given
         brings_images = bool(call.get(ENCODED_IMAGES)) or any(call.get(name) is not None for name in PIXEL_ARGUMENTS)
         cache = call.get("past_key_values")
         if not brings_images and cache is not None and cache.get_seq_length() > 0:

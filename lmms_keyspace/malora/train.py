@@ -7,27 +7,22 @@ as its control under the same data, steps and losses.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any, TypedDict, cast
+from typing import TypedDict
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lmms_keyspace.divergence import median_bandwidth2
 from lmms_keyspace.errors import InputError
 
-from .config import head_width, kv_heads
 from .layer import MaloraLayer
 from .losses import ANCHORS, gram_loss, mmd2_loss
 from .modality import visual_token_ids
-from .model import decoder_name
+from .taps import KeyTap, key_taps, tapped
 
 Batch = Mapping[str, Tensor]
 
@@ -166,66 +161,6 @@ def train(
 
 
 @dataclass
-class KeyTap:
-    """One adapted key projection, and what it saw in the forward pass run under `tapped`.
-
-    Shapes: inputs [batch, tokens, in] (detached); keys [batch, tokens, KV heads, width], adapted, with gradient; base,
-    the same from the frozen projection and the same inputs (detached).
-    """
-
-    layer: int
-    module: nn.Module
-    heads: int
-    width: int
-    inputs: Tensor | None = None
-    keys: Tensor | None = None
-    base: Tensor | None = None
-
-    def clear(self) -> None:
-        """Let go of the tensors of the last forward pass."""
-        self.inputs = self.keys = self.base = None
-
-    def _on_keys(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.inputs = args[0].detach()
-        self.keys = output.unflatten(-1, (self.heads, self.width))
-
-    def _on_base(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.base = output.detach().unflatten(-1, (self.heads, self.width))
-
-
-def key_taps(model: PeftModel) -> list[KeyTap]:
-    """One tap per adapted key projection of the decoder, by layer.
-
-    Raises:
-        InputError: no `k_proj` of the decoder has an adapter.
-    """
-    base = cast(PreTrainedModel, model.get_base_model())
-    text = base.config.get_text_config()
-    taps = []
-    for name, module in base.get_submodule(decoder_name(base)).named_modules():
-        layer = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.self_attn\.k_proj", name)
-        if layer and isinstance(module, BaseTunerLayer):
-            taps.append(KeyTap(int(layer[1]), cast(nn.Module, module), kv_heads(text), head_width(text)))
-    if not taps:
-        raise InputError("target_modules", type(model).__name__, "no key projection of the decoder has an adapter.")
-    return sorted(taps, key=lambda tap: tap.layer)
-
-
-@contextmanager
-def tapped(taps: Sequence[KeyTap]) -> Iterator[None]:
-    """Fill the taps during the forward passes inside."""
-    handles = []
-    for tap in taps:
-        handles.append(tap.module.register_forward_hook(tap._on_keys))
-        handles.append(tap.module.get_submodule("base_layer").register_forward_hook(tap._on_base))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@dataclass
 class _Terms:
     """The alignment terms of one step, per layer."""
 
@@ -324,7 +259,7 @@ def _mean_gates(taps: Sequence[KeyTap], tokens: Tensor, side: int) -> dict[int, 
         if not isinstance(module, MaloraLayer) or tap.inputs is None or not len(tokens):
             continue
         for name in module.active_adapters:
-            if module.malora_gate.get(name, "none") != "none":
+            if name in module.malora_config and module.malora_config[name].gate != "none":
                 x = tap.inputs.flatten(0, 1)[tokens.to(tap.inputs.device)]
                 gates[tap.layer] = module.gates(x, name)[:, side].mean().item()
     return gates

@@ -45,7 +45,7 @@ def layers_of(model: torch.nn.Module) -> dict[str, MaloraLinear]:
 def formula(layer: MaloraLinear, x: Tensor, visual: Tensor, gate: str) -> Tensor:
     """The docstring of layer.py, one token at a time in float64."""
     weights = {n: getattr(layer, n)["default"].double() for n in layer.adapter_layer_names if len(getattr(layer, n))}
-    r, d = layer.malora_r["default"], x.shape[-1]
+    r, d = layer.malora_config["default"].r, x.shape[-1]
     base = layer.get_base_layer()
     out = torch.empty(*x.shape[:-1], base.out_features, dtype=torch.float64)
     for row in range(x.shape[0]):
@@ -58,7 +58,7 @@ def formula(layer: MaloraLinear, x: Tensor, visual: Tensor, gate: str) -> Tensor
                 g = torch.sigmoid(weights["malora_gate_weight"][m] @ xi / math.sqrt(d) + weights["malora_gate_bias"][m])
             elif gate == "modality":
                 g = torch.sigmoid(weights["malora_gate_bias"][m])
-            out[row, i] = base.weight.double() @ xi + layer.malora_scaling["default"] * g * (up @ (down @ xi))
+            out[row, i] = base.weight.double() @ xi + layer.malora_scaling["default"][m] * g * (up @ (down @ xi))
     return out
 
 
@@ -428,11 +428,11 @@ def test_gates_report_what_the_layer_uses() -> None:
         assert values.shape == (2, 5, 2)
         visual = torch.tensor([[True, True, False, False, False]] * 2)
         ungated = layer.get_base_layer()(x).double()
-        r = layer.malora_r["default"]
+        r = layer.malora_config["default"].r
         low = x @ layer.malora_A["default"].T
         up = layer.malora_B["default"]
         by_side = torch.stack([low[..., :r] @ up[:, :r].T, low[..., r:] @ up[:, r:].T], dim=-1) * values[..., None, :]
-        delta = torch.where(visual[..., None], by_side[..., 0], by_side[..., 1]) * layer.malora_scaling["default"]
+        delta = torch.where(visual[..., None], by_side[..., 0], by_side[..., 1]) * layer.malora_scaling["default"][0]
         torch.testing.assert_close(ungated + delta.double(), formula(layer, x, visual, gate), rtol=1e-4, atol=1e-4)
     fresh = get_peft_model(tiny_llava(), MaloraConfig())
     assert torch.equal(next(iter(layers_of(fresh).values())).gates(x, "default"), torch.full((2, 5, 2), 0.5))
@@ -448,7 +448,7 @@ def test_gates_report_what_the_layer_uses() -> None:
         ({"r": 2.5}, "r"),
         ({"alpha": -1.0}, "alpha"),
         ({"alpha": float("nan")}, "alpha"),
-        ({"gate": "head"}, "gate"),
+        ({"gate": "layer"}, "gate"),
         ({"target_modules": []}, "target_modules"),
         ({"layers_to_transform": []}, "layers_to_transform"),
         ({"layers_to_transform": [-1]}, "layers_to_transform"),
@@ -477,7 +477,7 @@ def test_targets_that_do_not_fit_the_model(settings: dict[str, object], argument
 
 
 def test_a_model_without_images_is_refused() -> None:
-    with pytest.raises(InputError, match="vision-language"):
+    with pytest.raises(InputError, match="image_token_id in the config"):
         get_peft_model(tiny_llava().model.language_model, MaloraConfig(target_modules=["k_proj"]))
 
 
