@@ -41,7 +41,15 @@ def perfect(**changes: dict) -> Figures:
     row = dict.fromkeys(CONDITIONS, 98.0) | {"conflict": 78.0, "blank": 25.0}
     names = (*scenes.CORE_FAMILIES, "all")
     accuracy = {name: row | changes.get(name, {}) for name in names}
-    return Figures(100, accuracy, accuracy, dict.fromkeys(names, 25.0), dict.fromkeys(names, 20.0), 100.0)
+    return Figures(
+        100,
+        accuracy,
+        accuracy,
+        dict.fromkeys(names, 25.0),
+        dict.fromkeys(names, 20.0),
+        dict.fromkeys(names, 95.0),
+        100.0,
+    )
 
 
 def test_weights_are_small_and_hold_no_pickle() -> None:
@@ -78,6 +86,11 @@ def test_shortfalls_names_what_is_missed(changes: dict, words: str) -> None:
     assert words in missed[0]
 
 
+def test_letters_are_missed() -> None:
+    missed = card.shortfalls(dataclasses.replace(perfect(), letters=perfect().letters | {"size": 80.0}))
+    assert missed == ["size: 80.0 % right by option letter is below 90.0"]
+
+
 def test_answers_that_are_not_one_word_are_missed() -> None:
     missed = card.shortfalls(dataclasses.replace(perfect(), one_word=90.0))
     assert len(missed) == 1
@@ -90,6 +103,7 @@ def test_shipped_model_sees_reads_and_answers_in_one_word(model, processor) -> N
     assert result.accuracy["all"]["match"] >= result.accuracy["all"]["clean"] - 2
     assert result.cost("conflict")["all"] >= 10
     assert result.lure["all"]["text_only_conflict"] >= 90
+    assert result.letters["all"] >= 85
     assert result.one_word >= 99
 
 
@@ -171,12 +185,34 @@ def test_recolored_training_scenes_wear_no_named_color() -> None:
 
 def test_hints_of_training_pictures_are_always_true() -> None:
     items = data.train_items(50, 3)
-    mixture = dataclasses.replace(build.RECIPE.hints.mixture, hint=1.0, irrelevant=0.0, picture_last=0.0)
+    mixture = dataclasses.replace(
+        build.RECIPE.decoder[-1].mixture, hint=1.0, irrelevant=0.0, picture_last=0.0, letters=0.0
+    )
     r = random.Random(0)
     for index, item in enumerate(items):
         sample = data.picture_sample(items, index, mixture, r)
         said = sample.prompt.split("\n")[1].split("? ")[0].split(". ")[0].replace(".", "").split()
         assert [word for word in said if word in item.pool] == [item.gold] == [sample.answer.strip()]
+
+
+def test_blank_pictures_want_any_word() -> None:
+    items = data.train_items(5, 4)
+    mixture = dataclasses.replace(build.RECIPE.decoder[-1].mixture, hint=0.0, irrelevant=0.0, letters=0.0, blank=1.0)
+    r = random.Random(0)
+    for index, item in enumerate(items):
+        samples = [data.picture_sample(items, index, mixture, r) for _ in range(200)]
+        assert {sample.picture for sample in samples} == {data.BLANK}
+        assert {sample.answer.strip() for sample in samples} == set(item.pool)
+
+
+def test_letter_drill_asks_for_the_letters_it_lists() -> None:
+    item = scenes.draw_item("shape", scenes.rng("train", "drill"), space="train")
+    drill = data.letter_drill(item, random.Random(0))
+    listed = dict(line.split(". ")[::-1] for line in drill.prompt.splitlines()[1:])
+    words = drill.answer.split()
+    assert len(listed) == 4
+    assert sorted(words[::2]) == sorted([*listed, *listed])
+    assert words[1::2] == [listed[word] for word in words[::2]]
 
 
 def test_paths_and_unknown_adapter() -> None:
@@ -193,22 +229,38 @@ def test_adapters_have_equal_numbers_of_parameters() -> None:
     assert CARD["adapters"]["malora_no_mmd"]["arm"]["lambda_mmd"] == 0
 
 
-def test_builder_runs_from_end_to_end(tmp_path: Path) -> None:
+@pytest.fixture
+def short_recipe() -> build.Recipe:
     default = build.RECIPE
-    recipe = dataclasses.replace(
+    return dataclasses.replace(
         default,
         scenes=60,
         checked=2,
         vision=dataclasses.replace(default.vision, steps=2, batch=4),
-        language=dataclasses.replace(default.language, steps=2, batch=4),
-        visual=dataclasses.replace(default.visual, steps=2, batch=4),
-        hints=dataclasses.replace(default.hints, steps=2, batch=4),
+        decoder=tuple(dataclasses.replace(stage, steps=2, batch=4) for stage in default.decoder),
         measured=(("dev", 2), ("heldout", 2), ("probe", 2)),
         adapters=AdapterRecipe(steps=2, batch=4, scenes=20, measured=(("probe", 1),), measured_keys=5),
     )
-    record = build.build(tmp_path, recipe, 1, lambda *words: None)
+
+
+def test_builder_runs_from_end_to_end_and_repeats(tmp_path: Path, short_recipe: build.Recipe) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    record = build.build(first, short_recipe, 1, lambda *words: None)
     assert record["base"]["missed"]["dev"]  # two steps teach nothing, and the card says so
-    assert json.loads((tmp_path / "card.json").read_text()) == json.loads(json.dumps(record))
-    assert (tmp_path / "CARD.md").read_text().startswith("# The bundled model")
-    for name in ("base", *embedded.ADAPTERS):
-        assert list((tmp_path / name).glob("*.safetensors"))
+    assert json.loads((first / "card.json").read_text()) == json.loads(json.dumps(record))
+    assert (first / "CARD.md").read_text().startswith("# The bundled model")
+    build.build(second, short_recipe, 1, lambda *words: None)
+    weights = [path.relative_to(first) for path in sorted(first.rglob("*.safetensors"))]
+    assert len(weights) == 1 + len(embedded.ADAPTERS)
+    for path in weights:
+        assert (first / path).read_bytes() == (second / path).read_bytes()
+
+
+def test_kept_base_is_measured_and_not_trained(tmp_path: Path, short_recipe: build.Recipe) -> None:
+    record = build.build(tmp_path, short_recipe, 2, lambda *words: None)
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    other = dataclasses.replace(short_recipe, vision=dataclasses.replace(short_recipe.vision, steps=9))
+    again = build.build(tmp_path, other, 2, lambda *words: None, keep_base=True)
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+    assert again["base"]["figures"] == record["base"]["figures"]
+    assert again["recipe"]["vision"]["steps"] == 2

@@ -68,7 +68,7 @@ def build_adapters(
     """
     processor = AutoProcessor.from_pretrained(base)
     items = data.train_items(recipe.scenes, seed)
-    pixel_values = data.pixels(items, processor)
+    pixel_values = data.with_blank(data.pixels(items, processor), processor)
     plain = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
     bandwidths = [median_bandwidth2(*keys[:2]) for keys in _clean_keys(plain, processor, recipe.measured_keys)]
     entries = {"base": _measure(plain, processor, recipe, bandwidths)}

@@ -12,7 +12,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,30 +36,27 @@ class Recipe:
     scenes: int
     vocabulary: int
     vision: Stage
-    language: LanguageStage
-    visual: LanguageStage
-    hints: LanguageStage
+    decoder: tuple[LanguageStage, ...]  # in order; the adapters train on the mixture of the last
     adapters: AdapterRecipe
     checked: int  # `dev` pictures of each family on which the vision encoder is checked
     measured: tuple[tuple[str, int], ...]  # space, items a family
 
 
+TEXT = Mixture(
+    text=1.0, hint=0.0, irrelevant=0.0, picture_last=0.0, letters=0.5, wrong_picture=0.0, drill=0.3, blank=0.0
+)
+PICTURES = {"text": 0.1, "irrelevant": 0.1, "picture_last": 0.1, "letters": 0.25, "drill": 0.0}
+
 RECIPE = Recipe(
     scenes=60_000,
     vocabulary=700,
     vision=Stage(5000, 64, 1.5e-3),
-    language=LanguageStage(
-        *(500, 64, 2e-3),
-        Mixture(text=1.0, hint=0.0, irrelevant=0.0, picture_last=0.0, letters=0.0, wrong_picture=0.0),
-        context_weight=0.3,
-    ),
-    visual=LanguageStage(
-        *(1100, 64, 1.5e-3),
-        Mixture(text=0.1, hint=0.3, irrelevant=0.1, picture_last=0.1, letters=0.0, wrong_picture=0.015),
-    ),
-    hints=LanguageStage(
-        *(200, 64, 6e-4),
-        Mixture(text=0.1, hint=0.5, irrelevant=0.1, picture_last=0.1, letters=0.0, wrong_picture=0.0),
+    decoder=(
+        LanguageStage(*(1600, 64, 2e-3), TEXT, context_weight=0.3),
+        LanguageStage(*(1400, 64, 1.5e-3), Mixture(**PICTURES, hint=0.3, wrong_picture=0.012, blank=0.0)),
+        LanguageStage(*(200, 64, 6e-4), Mixture(**PICTURES, hint=0.5, wrong_picture=0.0, blank=0.0)),
+        LanguageStage(*(200, 64, 6e-4), Mixture(**PICTURES, hint=0.5, wrong_picture=0.03, blank=0.05)),
+        LanguageStage(*(100, 64, 3e-4), Mixture(**PICTURES, hint=0.5, wrong_picture=0.0, blank=0.05)),
     ),
     adapters=AdapterRecipe(),
     checked=100,
@@ -70,7 +67,8 @@ RECIPE = Recipe(
 def build(out: Path, recipe: Recipe, seed: int, log: Log, *, keep_base: bool = False) -> dict[str, Any]:
     """Train and measure everything, write it under ``out`` and return the card.
 
-    With ``keep_base`` the base model already in ``out`` is not trained again, only measured.
+    With ``keep_base`` the base model already in ``out`` is not trained again, only measured; the card keeps the seed
+    and the recipe it was trained with.
     """
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -78,17 +76,17 @@ def build(out: Path, recipe: Recipe, seed: int, log: Log, *, keep_base: bool = F
     trained = json.loads((out / "card.json").read_text()) if keep_base else _train_base(base, recipe, seed, log)
     record: dict[str, Any] = {
         "generator_version": scenes.GENERATOR_VERSION,
-        "seed": seed,
+        "seed": trained["seed"],
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "peft", "pillow")},
         "threads": torch.get_num_threads(),
-        "recipe": asdict(recipe),
+        "recipe": trained["recipe"] | {"adapters": asdict(recipe.adapters), "measured": recipe.measured},
         "training_minutes": trained["training_minutes"],
         "vision_accuracy": trained["vision_accuracy"],
         "base": _measure_base(base, recipe, log),
         "adapters": {},
     }
     _write(out, record)  # the base stands on its own, should an adapter fail
-    record["adapters"] = build_adapters(base, out, recipe.adapters, recipe.hints.mixture, seed, log)
+    record["adapters"] = build_adapters(base, out, recipe.adapters, recipe.decoder[-1].mixture, seed, log)
     record["minutes"] = round(record["training_minutes"] + (time.perf_counter() - started) / 60, 1)
     _write(out, record)
     return record
@@ -102,7 +100,7 @@ def _write(out: Path, record: dict[str, Any]) -> None:
 def _train_base(folder: Path, recipe: Recipe, seed: int, log: Log) -> dict[str, Any]:
     started = time.perf_counter()
     items = data.train_items(recipe.scenes, seed)
-    tokenizer = make_tokenizer(_tokenizer_texts(items, recipe.hints.mixture, seed), vocabulary=recipe.vocabulary)
+    tokenizer = make_tokenizer(_tokenizer_texts(items, recipe.decoder[-1].mixture, seed), vocabulary=recipe.vocabulary)
     processor = make_processor(tokenizer)
     seen = items + data.nameless_copies(items, seed)
     pixel_values = data.pixels(seen, processor)
@@ -124,13 +122,15 @@ def _train_base(folder: Path, recipe: Recipe, seed: int, log: Log) -> dict[str, 
     )
     # The encoder is rounded to what will be saved before its features are cached for the stages that build on them.
     model.model.vision_tower.to(torch.bfloat16).float()
-    features = stages.cached_features(model, pixel_values[: len(items)])
-    for i, stage in enumerate((recipe.language, recipe.visual, recipe.hints)):
+    features = stages.cached_features(model, data.with_blank(pixel_values[: len(items)], processor))
+    for i, stage in enumerate(recipe.decoder):
         stages.train_language(model, tokenizer, items, features, stage, seed + i, log)
 
     model.bfloat16().save_pretrained(folder)
     processor.save_pretrained(folder)
     return {
+        "seed": seed,
+        "recipe": asdict(recipe),
         "training_minutes": round((time.perf_counter() - started) / 60, 1),
         "vision_accuracy": vision_accuracy,
     }
@@ -155,6 +155,7 @@ def _measure_base(folder: Path, recipe: Recipe, log: Log) -> dict[str, Any]:
 
 
 def _tokenizer_texts(items: list[data.Item], mixture: Mixture, seed: int) -> Iterator[str]:
+    mixture = replace(mixture, blank=0.0)  # a blank picture brings no words of its own
     r = random.Random(seed)
     for item in items[:20_000]:
         for sample in (data.text_sample(item, mixture, r), data.picture_sample([item], 0, mixture, r)):

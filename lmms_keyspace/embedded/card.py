@@ -13,18 +13,16 @@ LEAST_MISLEADING_COST = 15.0  # points over all families
 LEAST_FAMILY_COST, FAMILIES_WITH_COST = 10.0, 2
 MOST_TRUTHFUL_COST = 1.0  # points over all families
 LEAST_ONE_WORD = 99.5  # percent of all answers
-
+LEAST_LETTERS = 90.0  # percent, in every family
 
 TRIED = (
-    "- Option letters in 30 % of the samples from the text stage on: after 900 steps the loss on letters stood at "
-    "guessing among four.",
-    "- Option letters with drills in the text stage (an option list to be named by its letter, words paired with "
-    "letters): at least 90 % in every family in two of three builds, 75 % in color and size in the third. Each of the "
-    "first two missed another bound: misleading text cost 7 to 10 points only, or the blank picture was answered with "
-    "a count. Until one build holds every bound, the shipped model answers in words only.",
+    "- Option letters without the drill (30 % of the samples): after 900 steps the loss on letters stood at guessing.",
     "- True hints alone (10 to 50 % of the samples, early or late): color, count, position and size still followed the "
     "picture. A little noise in the pairing of pictures and texts made the model lean on text.",
-    "- Teaching the vision encoder shapes on pictures in the named colors: 10 to 83 % right on held-out pairs.",
+    "- How far it leans depends on the amount of that noise: with 1.2 % of the samples a misleading hint cost 7 to 10 "
+    "points; with 1.5 % (in a model without letters) it cost 45, nearly all of it in color and size.",
+    "- Teaching the vision encoder shapes on pictures in the named colors: 10 % right on held-out pairs, and 83 % when "
+    "half of the pictures wore colors without a name.",
 )
 
 
@@ -35,6 +33,8 @@ def shortfalls(figures: Figures) -> list[str]:
         row = figures.accuracy[family]
         if row["clean"] < LEAST_CLEAN:
             missed.append(f"{family}: clean accuracy {row['clean']} is below {LEAST_CLEAN}")
+        if figures.letters[family] < LEAST_LETTERS:
+            missed.append(f"{family}: {figures.letters[family]} % right by option letter is below {LEAST_LETTERS}")
         gap = abs(row["blank"] - figures.chance[family])
         if gap > MOST_BLANK_GAP:
             missed.append(f"{family}: blank accuracy {row['blank']} is {gap:.1f} points from {figures.chance[family]}")
@@ -68,12 +68,16 @@ def page(card: dict[str, Any]) -> str:
         "",
         "## Training",
         "",
-        "1. Vision encoder: dense targets for every patch (color, shape and size of the object there; count and edge).",
-        "2. Decoder on text alone: captions, hints (which may name any value) and irrelevant sentences.",
-        "3. Visual tuning, vision encoder frozen: questions about pictures, some with a hint. In a small share of the "
-        "samples the picture is another one (`wrong_picture` in the recipe), as in noisy pairs from the web; question, "
-        "hint and answer still agree. This makes the model lean on text: in training the words were never wrong.",
-        "4. Hints: half of the picture samples carry a hint, every hint is true and every picture right.",
+        "1. Vision encoder: targets for every patch (color and size of the object there; shape, count and edge of the "
+        "whole picture). Shapes are asked of pictures in colors without a name only.",
+        "2. Decoder on text alone: captions, hints (which may name any value), irrelevant sentences, and drills "
+        "of option letters.",
+        "3. Visual tuning, vision encoder frozen: questions about pictures, three in ten with a hint, then half.",
+        "4. Noisy pairs: in a small share of the samples the picture is another one (`wrong_picture` in the recipe; "
+        "fewer in step 3), as in data from the web; question, hint and answer still agree. This makes the model lean "
+        "on text: pictures were sometimes wrong, words never.",
+        "5. Half of the picture samples carry a hint, every hint is true and every picture right. In steps 4 and 5 one "
+        "plain question in twenty shows the blank picture and wants a word of the pool at random.",
         "",
         "Pictures come from the `train` space, which shares no picture with any other space and never draws the "
         "held-out quarter of the (color, shape) pairs. Steps, batch sizes and learning rates: `recipe` in `card.json`.",
@@ -83,7 +87,8 @@ def page(card: dict[str, Any]) -> str:
         "By greedy `generate()` with the saved processor, float32. `heldout` draws only color-shape pairs never seen "
         "in training; `dev` and `probe` draw all pairs. `dev` served for decisions, which never looked at `probe`. "
         "`text only` is a misleading hint without a picture: right is then to answer what the hint says, so the table "
-        "gives the rate of that answer. `flip` is the share of clean-correct items turned to the lure.",
+        "gives the rate of that answer. `letters` is clean accuracy by option letter. `flip` is the share of "
+        "clean-correct items turned to the lure.",
     ]
     for space, figures in base["figures"].items():
         lines += ["", f"### {space} ({figures['n_per_family']} items in each family)", "", *_table(figures)]
@@ -96,7 +101,8 @@ def page(card: dict[str, Any]) -> str:
         "reliance therefore comes from the method and not from false hints in its data. Accuracy on `probe` (the `dev` "
         "figures are in `card.json`). MMD^2 is the mean over layers and KV heads of the cluster estimate on clean "
         "items of `dev`, between keys before rotation, with the base's bandwidths. Training lowers "
-        "MMD^2 by design for `malora`, so a low value shows that training worked, not that the model looks more.",
+        "MMD^2 by design for `malora`, so a low value shows that training worked, not that the model looks more. The "
+        "base already answers nearly all of this data, so without the MMD term there is next to nothing to learn.",
         "",
         "| | parameters | clean | misleading | truthful | irrelevant | blank | flip | mean MMD^2 | MMD^2 by layer |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -116,11 +122,12 @@ def page(card: dict[str, Any]) -> str:
 def _table(figures: dict[str, Any]) -> list[str]:
     shown = [condition for condition in CONDITIONS if condition != "text_only_conflict"]
     lines = [
-        f"| family | {' | '.join(shown)} | text only | chance | flip |",
-        "|---" * (len(shown) + 4) + "|",
+        f"| family | {' | '.join(shown)} | text only | letters | chance | flip |",
+        "|---" * (len(shown) + 5) + "|",
     ]
     for family in (*CORE_FAMILIES, "all"):
         row = [figures["accuracy"][family][condition] for condition in shown]
-        row += [figures["lure"][family]["text_only_conflict"], figures["chance"][family], figures["flip"][family]]
+        row += [figures["lure"][family]["text_only_conflict"], figures["letters"][family]]
+        row += [figures["chance"][family], figures["flip"][family]]
         lines.append(f"| {family} | {' | '.join(map(str, row))} |")
     return lines

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
@@ -16,6 +17,7 @@ from lmms_keyspace import scenes
 from lmms_keyspace.embedded.architecture import EOS_ID, GRID, PAD_ID, turn
 from lmms_keyspace.scenes import Item
 
+BLANK = -1  # index of the blank picture
 NAMELESS = 40.0  # least RGB distance of a color without a name to every named one
 
 
@@ -25,8 +27,10 @@ class Mixture:
 
     ``text`` is the share of turns without a picture, ``hint`` and ``irrelevant`` the shares of picture samples with
     such a sentence (hints always name the right answer), ``picture_last`` the share with the text before the picture,
-    ``letters`` the share of all samples that offer options and want a letter. ``wrong_picture`` is the share of picture
-    samples that show another scene of the same family, as noisy pairs of pictures and texts do.
+    ``letters`` the share of samples that offer options and want a letter. ``wrong_picture`` is the share of picture
+    samples that show another scene of the same family, as noisy pairs of pictures and texts do. ``drill`` is the share
+    of the turns without a picture that are a `letter_drill` instead. ``blank`` is the share of plain questions that
+    show the blank picture and want any word of the pool, so that the model guesses there and does not say nonsense.
     """
 
     text: float
@@ -35,11 +39,16 @@ class Mixture:
     picture_last: float
     letters: float
     wrong_picture: float
+    drill: float
+    blank: float
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training turn: ``prompt`` up to the answer, ``answer``, and the index of its picture if it has one."""
+    """One training turn: ``prompt`` up to the answer, ``answer``, and the index of its picture if it has one.
+
+    The last picture of a training set is the blank one, hence index `BLANK`.
+    """
 
     prompt: str
     answer: str
@@ -73,11 +82,21 @@ def _recolored(item: Item, r: random.Random) -> Item:
 
 def pixels(items: list[Item], processor: LlavaProcessor) -> Tensor:
     """Model-ready pictures of the items, [n, 3, 48, 48] float32."""
-    chunks = []
-    for start in range(0, len(items), 500):
-        pictures = [scenes.render(item.spec) for item in items[start : start + 500]]
-        chunks.append(processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"])
+    chunks = [
+        _model_ready([scenes.render(item.spec) for item in items[start : start + 500]], processor)
+        for start in range(0, len(items), 500)
+    ]
     return torch.cat(chunks)
+
+
+def with_blank(pixel_values: Tensor, processor: LlavaProcessor) -> Tensor:
+    """The pictures and behind them the blank one."""
+    return torch.cat([pixel_values, _model_ready([scenes.blank()], processor)])
+
+
+def _model_ready(pictures: list[Image.Image], processor: LlavaProcessor) -> Tensor:
+    values: Tensor = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+    return values
 
 
 def caption(item: Item) -> str:
@@ -131,7 +150,22 @@ def picture_sample(items: list[Item], index: int, mixture: Mixture, r: random.Ra
     prompt = turn(text, picture=True, picture_last=r.random() < mixture.picture_last)
     if r.random() < mixture.wrong_picture:
         index = r.randrange(index % len(scenes.CORE_FAMILIES), len(items), len(scenes.CORE_FAMILIES))
+    if mixture.blank and not context and options is None and r.random() < mixture.blank:
+        return Sample(prompt, _reply(r.choice(item.pool), None), BLANK)
     return Sample(prompt, _reply(item.gold, options), index)
+
+
+def letter_drill(item: Item, r: random.Random) -> Sample:
+    """Options and then each option's word and letter, twice over, in random order.
+
+    Finding the letter before a word takes two attention layers that help only together; a question that pays for it
+    once, at its end, does not bring them about in a thousand steps.
+    """
+    options = r.sample(item.pool, 4)
+    asked = options * 2
+    r.shuffle(asked)
+    listed = scenes.prompt(item.question, options=options).rsplit("\n", 1)[0]
+    return Sample(f"{listed}\n", " ".join(f"{word} {'ABCD'[options.index(word)]}" for word in asked), None)
 
 
 def _options(item: Item, answer: str, r: random.Random) -> list[str]:
@@ -152,13 +186,15 @@ def batches(items: list[Item], mixture: Mixture, size: int, r: random.Random) ->
         for _ in range(size * 16):
             index = r.randrange(len(items))
             if r.random() < mixture.text:
-                groups[False].append(text_sample(items[index], mixture, r))
+                item = items[index]
+                drilled = r.random() < mixture.drill
+                groups[False].append(letter_drill(item, r) if drilled else text_sample(item, mixture, r))
             else:
                 groups[True].append(picture_sample(items, index, mixture, r))
         ready = []
         for group in groups.values():
             del group[len(group) // size * size :]  # before sorting: after it, the longest would always be lost
-            group.sort(key=lambda sample: len(sample.prompt))
+            group.sort(key=lambda sample: len(sample.prompt) + len(sample.answer))
             ready += [group[i : i + size] for i in range(0, len(group), size)]
         r.shuffle(ready)
         yield from ready

@@ -19,8 +19,9 @@ class Figures:
     """Rates in percent, by family and under ``"all"`` (the mean over families), then by condition.
 
     ``lure`` is how often the answer was the wrong value that the conflict hint names; ``chance`` the accuracy of the
-    best constant answer by family; ``one_word`` the share of all answers that are exactly one word of the pool;
-    ``flip`` the share of clean-correct items whose answer becomes the lure under the misleading hint.
+    best constant answer by family; ``flip`` the share of clean-correct items whose answer becomes the lure under the
+    misleading hint; ``letters`` the accuracy on clean pictures when four options are offered and a letter is wanted;
+    ``one_word`` the share of all other answers that are exactly one word of the pool.
     """
 
     n_per_family: int
@@ -28,6 +29,7 @@ class Figures:
     lure: dict[str, dict[str, float]]
     chance: dict[str, float]
     flip: dict[str, float]
+    letters: dict[str, float]
     one_word: float
 
     def cost(self, condition: str) -> dict[str, float]:
@@ -41,8 +43,9 @@ def evaluate(model: Any, processor: Any, space: str, n_per_family: int, *, key: 
     Every answer of a family is gold equally often, so the best constant answer is right at chance and no better.
     """
     items: list[Item] = []
-    turns: list[tuple[str, Image.Image | None, str]] = []  # condition, picture, text; six of them per item
+    turns: list[tuple[Image.Image | None, str]] = []  # one per item and condition, then one with options
     lures: list[str] = []
+    letters: list[str] = []
     for family in scenes.CORE_FAMILIES:
         for i in range(n_per_family):
             r = scenes.rng(space, key, family, i)
@@ -52,23 +55,35 @@ def evaluate(model: Any, processor: Any, space: str, n_per_family: int, *, key: 
             template = i // len(pool) % scenes.N_TEMPLATES
             picture = scenes.render(item.spec)
             misleading = scenes.hint(item, lure, template)
-            for condition, image, context in (
-                ("clean", picture, ""),
-                ("match", picture, scenes.hint(item, item.gold, template)),
-                ("conflict", picture, misleading),
-                ("irrelevant", picture, scenes.irrelevant(item, r, template, avoid=[lure])),
-                ("text_only_conflict", None, misleading),
-                ("blank", scenes.blank(), ""),
-            ):
-                turns.append((condition, image, scenes.prompt(item.question, context=context)))
+            contexts = {
+                "match": scenes.hint(item, item.gold, template),
+                "conflict": misleading,
+                "irrelevant": scenes.irrelevant(item, r, template, avoid=[lure]),
+                "text_only_conflict": misleading,
+            }
+            pictures = {"text_only_conflict": None, "blank": scenes.blank()}
+            turns += [
+                (pictures.get(condition, picture), scenes.prompt(item.question, context=contexts.get(condition, "")))
+                for condition in CONDITIONS
+            ]
+            options = [item.gold, lure, *r.sample([word for word in pool if word not in (item.gold, lure)], 2)]
+            r.shuffle(options)
+            turns.append((picture, scenes.prompt(item.question, options=options)))
+            letters.append("ABCD"[options.index(item.gold)])
             items.append(item)
             lures.append(lure)
-    answers = answer(model, processor, [(image, text) for _, image, text in turns], batch=batch)
-    by_item = [
-        dict(zip(CONDITIONS, answers[i : i + len(CONDITIONS)], strict=True))
-        for i in range(0, len(answers), len(CONDITIONS))
-    ]
-    return _figures(items, lures, by_item, n_per_family)
+    answers = answer(model, processor, turns, batch=batch)
+    width = len(CONDITIONS) + 1
+    rows = [answers[i : i + width] for i in range(0, len(answers), width)]
+    by_item = [dict(zip(CONDITIONS, row, strict=False)) for row in rows]
+    right = {
+        family: _percent(
+            row[-1] == letter for row, letter, item in zip(rows, letters, items, strict=True) if item.family == family
+        )
+        for family in scenes.CORE_FAMILIES
+    }
+    right["all"] = _mean(list(right.values()))
+    return _figures(items, lures, by_item, right, n_per_family)
 
 
 @torch.no_grad()
@@ -94,7 +109,9 @@ def _chat(processor: Any, text: str, with_picture: bool) -> str:
     return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
 
 
-def _figures(items: list[Item], lures: list[str], answers: list[dict[str, str]], n_per_family: int) -> Figures:
+def _figures(
+    items: list[Item], lures: list[str], answers: list[dict[str, str]], letters: dict[str, float], n_per_family: int
+) -> Figures:
     accuracy: dict[str, dict[str, float]] = {}
     lured: dict[str, dict[str, float]] = {}
     chance: dict[str, float] = {}
@@ -112,7 +129,7 @@ def _figures(items: list[Item], lures: list[str], answers: list[dict[str, str]],
     for row in (chance, flip):
         row["all"] = _mean([row[family] for family in scenes.CORE_FAMILIES])
     one_word = _percent(text in items[i].pool for i, row in enumerate(answers) for text in row.values())
-    return Figures(n_per_family, accuracy, lured, chance, flip, one_word)
+    return Figures(n_per_family, accuracy, lured, chance, flip, letters, one_word)
 
 
 def _percent(hits: Any) -> float:
