@@ -43,7 +43,7 @@ def cluster_bootstrap(
     names, inverse = _cluster_codes(clusters, "clusters")
     numerators, denominators = _cluster_totals(values, weights, inverse, len(names), "values", "weights")
     counts = resample(len(names), n_resamples, seed)
-    return _percentile(_ratio(counts @ numerators, counts @ denominators), level, "weights")
+    return _percentile(ratio(counts @ numerators, counts @ denominators), level, "weights")
 
 
 def cluster_bootstrap_function(
@@ -112,17 +112,12 @@ def paired_cluster_difference(
 
     value = float(num_b.sum() / den_b.sum() - num_a.sum() / den_a.sum())
     counts = resample(n, n_resamples, seed)
-    draws = _ratio(counts @ num_b, counts @ den_b) - _ratio(counts @ num_a, counts @ den_a)
+    draws = ratio(counts @ num_b, counts @ den_b) - ratio(counts @ num_a, counts @ den_a)
     low, high = _percentile(draws, level, "weights")
     se = float(np.nanstd(draws, ddof=1))
 
-    swap = np.random.default_rng([seed, 1]).integers(0, 2, size=(n_resamples, n)).astype(np.float64)
-    num_up, den_up = num_a.sum() + swap @ (num_b - num_a), den_a.sum() + swap @ (den_b - den_a)
-    num_down, den_down = num_a.sum() + num_b.sum() - num_up, den_a.sum() + den_b.sum() - den_up
-    null = _ratio(num_up, den_up) - _ratio(num_down, den_down)
-    # Rounding must not make the observed labelling look rarer than its copies among the permutations.
-    extreme = np.abs(null) >= abs(value) - 1e-12
-    p = float((1 + np.count_nonzero(extreme)) / (1 + np.count_nonzero(np.isfinite(null))))
+    # Two-sided: as far from 0 as observed.
+    p = swap_p(-np.abs(swap_null(num_a, den_a, num_b, den_b, n_resamples, seed)), -abs(value))
     return Estimate(value, low, high, p, n, float(mde_from_se(se)) if se > 0 else float("nan"))
 
 
@@ -158,6 +153,21 @@ def _cluster_totals(
     )
 
 
+def swap_null(num_a: Floats, den_a: Floats, num_b: Floats, den_b: Floats, n_resamples: int, seed: int) -> Floats:
+    """[n_resamples] differences b - a of two ratios after a and b were swapped within random clusters."""
+    swap = np.random.default_rng([seed, 1]).integers(0, 2, size=(n_resamples, len(num_a))).astype(np.float64)
+    num_up, den_up = num_a.sum() + swap @ (num_b - num_a), den_a.sum() + swap @ (den_b - den_a)
+    num_down, den_down = num_a.sum() + num_b.sum() - num_up, den_a.sum() + den_b.sum() - den_up
+    return ratio(num_up, den_up) - ratio(num_down, den_down)
+
+
+def swap_p(null: Floats, observed: float) -> float:
+    """p of a value as low as `observed`, which counts among the permutations; undefined ones are left out."""
+    # Rounding must not make the observed labelling look rarer than its copies among the permutations.
+    low = np.count_nonzero(null <= observed + 1e-12)
+    return float((1 + low) / (1 + np.count_nonzero(np.isfinite(null))))
+
+
 # A report asks for the same draws for every metric and run, and drawing them is most of its time.
 @functools.lru_cache(maxsize=2)
 def resample(n_clusters: int, n_resamples: int, seed: int) -> Floats:
@@ -172,7 +182,7 @@ def resample(n_clusters: int, n_resamples: int, seed: int) -> Floats:
     return counts
 
 
-def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+def ratio(numerator: Floats, denominator: Floats) -> Floats:
     """Elementwise ratio, NaN where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
 

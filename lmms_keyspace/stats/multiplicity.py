@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -29,6 +31,26 @@ def holm(p_values: ArrayLike) -> Floats:
     back[order] = np.minimum(stepped, 1.0)
     adjusted[tested] = back
     return adjusted
+
+
+def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> list[float]:
+    """The level at which Holm's procedure tests each of m hypotheses: alpha / m for the smallest p, alpha / (m - 1) for
+    the next, and so on; from the first one that is not rejected, all have its level. A one-sided bound at this level
+    lies on the side that the adjusted p says.
+
+    Args:
+        p_values: [m] p values, without NaN.
+        alpha: family-wise error.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    stepped = alpha / np.arange(len(p), 0, -1)
+    kept = np.flatnonzero(p[order] > stepped)
+    if len(kept):
+        stepped[kept[0] :] = stepped[kept[0]]
+    levels = np.empty(len(p))
+    levels[order] = stepped
+    return [float(level) for level in levels]
 
 
 def max_t(values: ArrayLike, null: ArrayLike) -> tuple[Floats, Floats]:
