@@ -1,11 +1,11 @@
-"""Watching the attention function that a decoder uses, and what its last query attends to."""
+"""Watching the attention function that a decoder uses."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -15,14 +15,6 @@ from lmms_keyspace.families import Decoder, KeySite
 # (site, query, key, value, mask, keyword arguments), all as the attention function received them.
 Observer = Callable[[KeySite, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, Any]], None]
 _SUPPORTED = ("eager", "sdpa", "flash_attention")
-
-
-class LastQuery(NamedTuple):
-    """The last prompt token of each row against n key columns, means over query heads; float32."""
-
-    mass: torch.Tensor  # [B, n] attention weights, rows sum to 1
-    scores: torch.Tensor  # [B, n] scaled q.k before the mask
-    visible: torch.Tensor | None  # [B, n] which columns the mask allows; None: all of the row's own
 
 
 def check_implementation(decoder: Decoder) -> str:
@@ -83,55 +75,3 @@ def observed_attention(decoder: Decoder, observe: Observer) -> Iterator[None]:
             table[entry] = original
         else:
             del table[entry]
-
-
-def last_query_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    row: int,
-    scaling: float,
-    sliding_window: int | None = None,
-) -> LastQuery:
-    """Exact softmax attention of one query against all keys up to it, in float32.
-
-    Args:
-        query: `[B, H, d]`, the query of the last prompt token.
-        key: `[B, KV, n, d]`, columns up to and including the query's own.
-        mask: as the attention function got it: None (causal), `[B or 1, 1 or H, T, >= n]` boolean or additive, or
-            `[B, >= n]` of ones and zeros (flash attention).
-        row: which of the mask's T rows is the query's.
-        scaling: factor on q.k.
-        sliding_window: columns that the query reaches back to, its own included, where the mask does not say it.
-
-    Returns:
-        Means over the H query heads.
-    """
-    batch, heads, width = query.shape
-    kv_heads, n = key.shape[1], key.shape[2]
-    grouped = query.float().reshape(batch, kv_heads, heads // kv_heads, width)
-    scores = (grouped @ key.float().transpose(2, 3) * scaling).reshape(batch, heads, n)
-    visible = None
-    masked = scores
-    if mask is not None and mask.dim() == 4:
-        last = mask[:, :, row, :n]
-        if last.dtype == torch.bool:
-            visible = last[:, 0]
-            masked = scores.masked_fill(~last, float("-inf"))
-        else:
-            visible = last[:, 0] > torch.finfo(last.dtype).min / 2
-            masked = scores + last.float()
-    else:
-        if mask is not None:
-            visible = mask[:, :n].bool()
-        if sliding_window is not None and sliding_window < n:
-            reached = torch.arange(n, device=key.device) >= n - sliding_window
-            visible = reached.expand(batch, n) if visible is None else visible & reached
-        if visible is not None:
-            masked = scores.masked_fill(~visible[:, None], float("-inf"))
-    return LastQuery(
-        mass=masked.softmax(-1).mean(1),
-        scores=scores.mean(1),
-        visible=None if visible is None else visible.expand(batch, n),
-    )

@@ -16,10 +16,11 @@ from peft import PeftModel
 from torch import nn
 
 from lmms_keyspace.attention import check_implementation
-from lmms_keyspace.captured import AttentionStore, Gather, Row, TokenStore
+from lmms_keyspace.captured import AttentionStore, Gather, Row, TokenStore, attention_kinds
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import Decoder, KeySite, refuse_compiled
-from lmms_keyspace.recording import CaptureError, Recording
+from lmms_keyspace.last_query import LastQueries
+from lmms_keyspace.recording import CaptureError, Padded, Recording
 from lmms_keyspace.records import SPACES, TOKEN_COLUMNS
 
 # Bytes in the tables: 14 numbers, 6 references and two strings a token; 18 numbers and 6 references a layer.
@@ -64,7 +65,7 @@ class Capture:
         self._sites = _chosen_sites(decoder, layers)
         self._tokens = TokenStore()
         self._reference = TokenStore()
-        self._attention = AttentionStore()
+        self._attention = AttentionStore(self._sites)
         self._checked = False
 
     @property
@@ -105,13 +106,16 @@ class Capture:
                 the prompt, or at the first batch a layer's attention used another key than the one captured.
         """
         self._tokens.refuse_repeats(rows)
-        recording = self._recording(rows, attention=True, self_check=not self._checked)
+        padded = Padded([row.input_ids for row in rows])
+        kinds = attention_kinds(rows, padded)
+        last_queries = LastQueries(kinds)
+        recording = self._recording(rows, padded, last_queries, self_check=not self._checked)
         with recording.installed():
             yield
         recording.finish()
         self._checked = True
-        self._tokens.add(rows, recording)
-        self._attention.add(rows, recording, self._sites)
+        self._tokens.add(rows, padded, recording)
+        self._attention.add(rows, kinds, last_queries.measures(self.layers))
 
     @contextmanager
     def reference_batch(self, rows: Sequence[Row]) -> Iterator[None]:
@@ -124,20 +128,23 @@ class Capture:
         if not isinstance(self._model, PeftModel):
             raise InputError("reference", "self", "the model has no adapter to disable; use reference=none")
         self._reference.refuse_repeats(rows)
-        recording = self._recording(rows, attention=False, self_check=False)
+        padded = Padded([row.input_ids for row in rows])
+        recording = self._recording(rows, padded, None, self_check=False)
         with self._model.disable_adapter(), recording.installed():
             yield
         recording.finish()
-        self._reference.add(rows, recording)
+        self._reference.add(rows, padded, recording)
 
-    def _recording(self, rows: Sequence[Row], *, attention: bool, self_check: bool) -> Recording:
+    def _recording(
+        self, rows: Sequence[Row], padded: Padded, last_queries: LastQueries | None, *, self_check: bool
+    ) -> Recording:
         return Recording(
             self._decoder,
             self._sites,
             self._spaces,
-            [row.input_ids for row in rows],
+            padded,
             [row.positions for row in rows],
-            attention=attention,
+            last_queries=last_queries,
             self_check=self_check,
         )
 
@@ -219,7 +226,7 @@ class Capture:
         return self._tokens.table()[list(TOKEN_COLUMNS)]
 
     def attention_table(self) -> pd.DataFrame:
-        """Attention of the last prompt token with `records.ATTENTION_COLUMNS`, one row per document and layer."""
+        """Attention of the last prompt token with `records.ATTENTION_COLUMNS`, per document, layer and head group."""
         return self._attention.table()
 
 

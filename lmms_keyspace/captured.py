@@ -1,16 +1,16 @@
 """What a run captured: the rows, their tokens with the vectors, and the tables made of them. Used by `capture` alone.
 
-Batches are kept as plain columns and become tables once, at the end: a table per batch would cost more than the
+Batches are kept as plain arrays and become tables once, at the end: a table per batch would cost more than the
 forward pass of a small model.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
+import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,15 +18,25 @@ import torch
 
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import KeySite
-from lmms_keyspace.recording import CaptureError, Recording
-from lmms_keyspace.records import ALL_HEADS, ATTENTION_COLUMNS, SEGMENTS, TEXT, TOKEN_COLUMNS, VISUAL
+from lmms_keyspace.last_query import MEASURES
+from lmms_keyspace.recording import CaptureError, Padded, Recording
+from lmms_keyspace.records import ALL_HEADS, ATTENTION_COLUMNS, MODALITIES, SEGMENTS, TEXT, TOKEN_COLUMNS, VISUAL
+from lmms_keyspace.sampling import hash64, mix64
 from lmms_keyspace.tokens import Prompt, TokenLabels
 
 Columns = dict[str, np.ndarray]
 # Brings the tensors `[n, ...]` of all processes, n unequal, to one of them, in order; the others get an empty list.
 Gather = Callable[[torch.Tensor], list[torch.Tensor]]
-_TOKEN_ORDER = ["task", "condition", "cluster", "doc_id", "position"]
-_DOCUMENT_ORDER = ["task", "condition", "cluster", "doc_id", "layer"]
+_SIDES = np.array([MODALITIES.index(VISUAL), MODALITIES.index(TEXT)])
+
+
+class Document(NamedTuple):
+    """A document by name, in the order of the tables."""
+
+    task: str
+    condition: str
+    cluster: str
+    doc_id: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +59,16 @@ class Row:
 
     def __post_init__(self) -> None:
         name, length = f"{self.prompt.task} document {self.prompt.doc_id}", self.input_ids.size
-        if self.labels.modality.size != length:
-            raise InputError("labels", name, f"{self.labels.modality.size} labels for {length} tokens; label these ids")
-        inside = np.all(np.diff(self.positions, prepend=-1, append=length) > 0)
-        if not inside:
+        if self.labels.size != length:
+            raise InputError("labels", name, f"{self.labels.size} labels for {length} tokens; label these ids")
+        at = self.positions
+        if at.size and (at[0] < 0 or at[-1] >= length or (at[1:] <= at[:-1]).any()):
             raise InputError("positions", name, f"they must ascend and lie below the prompt's length {length}")
+
+    @property
+    def document(self) -> Document:
+        """The row's name."""
+        return Document(self.prompt.task, self.prompt.condition, self.prompt.cluster, self.prompt.doc_id)
 
 
 class TokenStore:
@@ -61,6 +76,8 @@ class TokenStore:
 
     def __init__(self) -> None:
         self.documents: set[tuple[str, int]] = set()
+        self._documents: list[Document] = []  # of the rows with captured tokens
+        self._images: list[str] = [""]  # their image hashes
         self._columns: list[Columns] = []
         self._table: pd.DataFrame | None = None
         self._vectors: dict[tuple[str, int], list[torch.Tensor]] = defaultdict(list)
@@ -71,168 +88,272 @@ class TokenStore:
             if (row.prompt.task, row.prompt.doc_id) in self.documents:
                 raise CaptureError(f"{row.prompt.task} document {row.prompt.doc_id} was captured already")
 
-    def add(self, rows: Sequence[Row], recording: Recording) -> None:
+    def add(self, rows: Sequence[Row], padded: Padded, recording: Recording) -> None:
         """Take a finished batch."""
         self.documents.update((row.prompt.task, row.prompt.doc_id) for row in rows)
-        if not any(row.positions.size for row in rows):
+        if not recording.rows.size:
             return
         self._table = None
-        self._columns.append(_token_columns(rows, recording))
+        images = [sha for row in rows for sha in row.prompt.image_shas]
+        self._append([row.document for row in rows], images, _token_columns(rows, padded, recording))
         for key, values in recording.vectors().items():
             self._vectors[key].append(values)
+
+    def _append(self, documents: Sequence[Document], images: Sequence[str], columns: Columns) -> None:
+        columns["document"] += len(self._documents)
+        columns["image"][columns["image"] > 0] += len(self._images) - 1
+        self._documents.extend(documents)
+        self._images.extend(images)
+        self._columns.append(columns)
+
+    def gather(self, gather: Gather, none: Mapping[tuple[str, int], torch.Tensor]) -> None:
+        """Take what the stores of all processes hold, or give this one's away.
+
+        Args:
+            none: (space, layer) -> vectors `[0, heads, d]`, for a process that captured nothing.
+        """
+        names = _gathered_json(gather, [sorted(self.documents), self._documents, self._images[1:]])
+        columns = {name: _gathered(gather, values) for name, values in _joined(self._columns).items()}
+        vectors = {key: gather(self._joined_vectors(*key) if key in self._vectors else none[key]) for key in none}
+        self.documents, self._documents, self._images, self._columns = set(), [], [""], []
+        self._table = None
+        self._vectors.clear()
+        for place, (seen, documents, images) in enumerate(names):
+            self.documents.update((task, doc_id) for task, doc_id in seen)
+            part = {name: values[place] for name, values in columns.items()}
+            self._append([Document(*document) for document in documents], images, part)
+        for key, parts in vectors.items():
+            if parts:
+                self._vectors[key] = [torch.cat(parts)]
 
     def table(self) -> pd.DataFrame:
         """`records.TOKEN_COLUMNS`, ordered by task, condition, cluster, document and position; the extra column
         `stored` is the place among the vectors."""
         if self._table is None:
-            table = _frame(self._columns, TOKEN_COLUMNS)
-            self._table = table.assign(stored=np.arange(len(table))).sort_values(_TOKEN_ORDER, ignore_index=True)
+            columns = _joined(self._columns)
+            order = np.lexsort((columns["position"], _ranks(self._documents)[columns["document"]]))
+            columns = {name: values[order] for name, values in columns.items()}
+            table: dict[str, object] = {
+                **_document_columns(self._documents, columns["document"]),
+                **columns,
+                "image_sha": _taken(self._images, columns["image"]),
+                "prefix_hash": pd.array([f"{value:016x}" for value in columns["prefix"].view(np.uint64).tolist()]),
+                "modality": _taken(MODALITIES, columns["modality"]),
+                "segment": _taken(SEGMENTS, columns["segment"]),
+                "key_norm": self._key_norms()[order],
+                "keys_row": np.full(order.size, -1),
+            }
+            self._table = _typed(table, TOKEN_COLUMNS).assign(stored=order)
         return self._table
 
     def vectors(self, space: str, layer: int, stored: np.ndarray) -> torch.Tensor:
         """`[N, heads, d]` at the given places."""
+        vectors = self._joined_vectors(space, layer)
+        return vectors[torch.as_tensor(stored, device=vectors.device)]
+
+    def _joined_vectors(self, space: str, layer: int) -> torch.Tensor:
         parts = self._vectors[space, layer]
         if len(parts) > 1:
             parts[:] = [torch.cat(parts)]
-        return parts[0][torch.as_tensor(stored, device=parts[0].device)]
+        return parts[0]
 
-    def gather(self, gather: Gather, none: Mapping[tuple[str, int], torch.Tensor]) -> None:
-        """Bring together what all processes hold; see `Capture.gather`.
-
-        Args:
-            none: `[0, heads, d]` per space and layer: no vectors, with the dtype and device of those that may be here.
-        """
-        self._columns, self._table = _gathered(self._columns, TOKEN_COLUMNS, gather), None
-        for key, empty in none.items():
-            self._vectors[key] = gather(torch.cat([empty, *self._vectors[key]]))
+    def _key_norms(self) -> np.ndarray:
+        """`[N]` Euclidean norm of k_pre, mean over layers and KV heads."""
+        layers = [layer for space, layer in self._vectors if space == "k_pre"]
+        norms = [
+            torch.linalg.vector_norm(self._joined_vectors("k_pre", layer), dim=-1, dtype=torch.float32).mean(-1)
+            for layer in layers
+        ]
+        return np.mean([norm.cpu().numpy() for norm in norms], axis=0) if norms else np.empty(0)
 
 
 class AttentionStore:
-    """Attention of the last prompt token, by document and layer."""
+    """Attention of the last prompt token by document and layer; by KV head too for the documents with captured keys."""
 
-    def __init__(self) -> None:
-        self._columns: list[Columns] = []
+    def __init__(self, sites: Sequence[KeySite]) -> None:
+        self._sites = sites
+        self._documents: list[Document] = []
+        self._parts: list[_Attention] = []
 
-    def add(self, rows: Sequence[Row], recording: Recording, sites: Sequence[KeySite]) -> None:
-        """Take a finished batch."""
-        self._columns.append(_attention_columns(rows, recording, sites))
+    def add(self, rows: Sequence[Row], kinds: np.ndarray, measures: np.ndarray) -> None:
+        """Take a finished batch: `kinds` as `attention_kinds` gives them, `measures` `[L, B, 1 + KV, measures]`."""
+        with_keys = np.flatnonzero([row.positions.size > 0 for row in rows])
+        measures = measures.swapaxes(0, 1)
+        counts = kinds[..., : len(SEGMENTS)].sum(1)
+        self._append(
+            [row.document for row in rows], _Attention(counts, measures[:, :, 0], measures[with_keys, :, 1:], with_keys)
+        )
 
-    def table(self) -> pd.DataFrame:
-        """`records.ATTENTION_COLUMNS`, ordered by task, condition, cluster, document and layer."""
-        return _frame(self._columns, ATTENTION_COLUMNS).sort_values(_DOCUMENT_ORDER, ignore_index=True)
+    def _append(self, documents: Sequence[Document], part: _Attention) -> None:
+        self._parts.append(part._replace(with_keys=part.with_keys + len(self._documents)))
+        self._documents.extend(documents)
 
     def gather(self, gather: Gather) -> None:
-        """Bring together what all processes hold; see `Capture.gather`."""
-        self._columns = _gathered(self._columns, ATTENTION_COLUMNS, gather)
+        """As `TokenStore.gather`."""
+        names = _gathered_json(gather, self._documents)
+        parts = [_gathered(gather, values) for values in self._joined()]
+        self._documents, self._parts = [], []
+        for documents, *part in zip(names, *parts, strict=True):
+            self._append([Document(*document) for document in documents], _Attention(*part))
+
+    def table(self) -> pd.DataFrame:
+        """`records.ATTENTION_COLUMNS`, ordered by task, condition, cluster, document, layer and head group."""
+        joined, everyone = self._joined(), np.arange(len(self._documents))
+        places, blocks = [], []  # [3, rows] document, layer, head group; [rows, measures]
+        for measures, documents, first in (
+            (joined.measures[:, :, None], everyone, 0),
+            (joined.by_head, joined.with_keys, 1),
+        ):
+            document, layer, group = np.indices(measures.shape[:3]).reshape(3, -1)
+            places.append(np.stack([documents[document], layer, group + first]))
+            blocks.append(measures.reshape(-1, len(MEASURES)))
+        document, layer, group = np.concatenate(places, axis=1)
+        order = np.lexsort((group, layer, _ranks(self._documents)[document]))
+        document, layer, group = document[order], layer[order], group[order]
+        values, counts = np.concatenate(blocks)[order], joined.counts[document]
+        heads = max(site.n_kv_heads for site in self._sites)
+        table = {
+            **_document_columns(self._documents, document),
+            "layer": np.array([site.layer for site in self._sites])[layer],
+            "layer_type": _taken([site.layer_type for site in self._sites], layer),
+            "head_group": _taken([ALL_HEADS, *map(str, range(heads))], group),
+            **{f"n_{name}": counts[:, number] for number, name in enumerate(SEGMENTS)},
+            **{name: values[:, number] for number, name in enumerate(MEASURES)},
+        }
+        return _typed(table, ATTENTION_COLUMNS)
+
+    def _joined(self) -> _Attention:
+        layers, heads = len(self._sites), self._sites[0].n_kv_heads
+        nothing = _Attention(
+            np.empty((0, len(SEGMENTS)), np.float32),
+            np.empty((0, layers, len(MEASURES)), np.float32),
+            np.empty((0, layers, heads, len(MEASURES)), np.float32),
+            np.empty(0, np.int64),
+        )
+        self._parts = [_Attention(*map(np.concatenate, zip(nothing, *self._parts, strict=True)))]
+        return self._parts[0]
 
 
-def _frame(batches: Sequence[Columns], schema: Mapping[str, str]) -> pd.DataFrame:
-    parts = {name: [batch[name] for batch in batches] for name in schema}
-    joined: Columns = {name: np.concatenate(values) if values else np.empty(0) for name, values in parts.items()}
-    return pd.DataFrame(joined).astype(dict(schema))
+class _Attention(NamedTuple):
+    """Of D documents."""
+
+    counts: np.ndarray  # [D, segments]
+    measures: np.ndarray  # [D, L, measures] means over all query heads
+    by_head: np.ndarray  # [documents with keys, L, KV, measures]
+    with_keys: np.ndarray  # places of these among the D
 
 
-def _gathered(batches: Sequence[Columns], schema: Mapping[str, str], gather: Gather) -> list[Columns]:
-    """The columns of all processes, as parquet on the way."""
-    content = bytearray(_frame(batches, schema).to_parquet())
-    parts = gather(torch.frombuffer(content, dtype=torch.uint8))
-    tables = (pd.read_parquet(io.BytesIO(part.numpy().tobytes())) for part in parts)
-    return [{name: table[name].to_numpy() for name in schema} for table in tables]
+def attention_kinds(rows: Sequence[Row], padded: Padded) -> np.ndarray:
+    """`[B, P, segments + 2]`, 1 where a key is of a segment of `SEGMENTS`, visual, or text; 0 on padding."""
+    segment = padded.place([row.labels.segment_codes for row in rows], -1)
+    modality = padded.place([row.labels.modality_codes for row in rows], -1)
+    kinds = np.empty((*segment.shape, len(SEGMENTS) + _SIDES.size), np.float32)
+    np.equal(segment[..., None], np.arange(len(SEGMENTS)), out=kinds[..., : len(SEGMENTS)], casting="unsafe")
+    np.equal(modality[..., None], _SIDES, out=kinds[..., len(SEGMENTS) :], casting="unsafe")
+    return kinds
 
 
-def _document_columns(rows: Sequence[Row], repeats: np.ndarray | int) -> Columns:
-    values = {
-        "task": [row.prompt.task for row in rows],
-        "doc_id": [row.prompt.doc_id for row in rows],
-        "cluster": [row.prompt.cluster for row in rows],
-        "condition": [row.prompt.condition for row in rows],
-    }
-    return {
-        name: np.repeat(np.array(column, dtype=np.int64 if name == "doc_id" else object), repeats)
-        for name, column in values.items()
-    }
+_CAPTURED = {
+    "document": np.int64,
+    "image": np.int64,
+    "prefix": np.int64,
+    "modality": np.int8,
+    "segment": np.int8,
+    "position": np.int32,
+    "position_t": np.int32,
+    "position_h": np.int32,
+    "position_w": np.int32,
+    "image_index": np.int32,
+    "grid_row": np.int32,
+    "grid_column": np.int32,
+    "token_id": np.int64,
+    "sink": np.bool_,
+}
 
 
-def _token_columns(rows: Sequence[Row], recording: Recording) -> Columns:
-    """`TOKEN_COLUMNS` of the captured tokens of a batch, in the order of its vectors."""
+def _token_columns(rows: Sequence[Row], padded: Padded, recording: Recording) -> Columns:
+    """`_CAPTURED` of the captured tokens of a batch, in the order of its vectors.
 
-    def picked(name: str) -> np.ndarray:
-        return np.concatenate([getattr(row.labels, name)[row.positions] for row in rows])
-
+    `document` is the place of the row in the batch; `image` counts the batch's images from 1, 0 is none, and a text
+    token carries the first image of its prompt.
+    """
+    row, position = recording.rows, recording.columns - padded.padding[recording.rows]
+    starts = np.cumsum([0, *(row.input_ids.size for row in rows)])[:-1]
+    flat = starts[row] + position
+    shown = np.array([len(row.prompt.image_shas) for row in rows])
+    image_index = np.concatenate([row.labels.image_index for row in rows])[flat]
+    first_image = np.cumsum(shown) - shown + 1
     rotary = recording.rotary_positions()
-    return {
-        **_document_columns(rows, np.array([row.positions.size for row in rows])),
-        "image_sha": np.array([sha for row in rows for sha in _image_shas(row)], dtype=object),
-        "prefix_hash": np.array([value for row in rows for value in _prefix_hashes(row)], dtype=object),
-        "modality": picked("modality").astype(object),
-        "segment": picked("segment").astype(object),
-        "position": np.concatenate([row.positions for row in rows]),
+    columns = {
+        "document": row,
+        "image": np.where(shown[row] > 0, first_image[row] + np.maximum(image_index, 0), 0),
+        "prefix": prefix_hashes(rows)[flat].view(np.int64),
+        "modality": np.concatenate([row.labels.modality_codes for row in rows])[flat],
+        "segment": np.concatenate([row.labels.segment_codes for row in rows])[flat],
+        "position": position,
         "position_t": rotary[0],
         "position_h": rotary[1],
         "position_w": rotary[2],
-        "image_index": picked("image_index"),
-        "grid_row": picked("grid_row"),
-        "grid_column": picked("grid_column"),
-        "token_id": np.concatenate([row.input_ids[row.positions] for row in rows]),
-        "key_norm": recording.token_norms(),
-        "keys_row": np.full(rotary.shape[1], -1),
+        "image_index": image_index,
+        "grid_row": np.concatenate([row.labels.grid_row for row in rows])[flat],
+        "grid_column": np.concatenate([row.labels.grid_column for row in rows])[flat],
+        "token_id": np.concatenate([row.input_ids for row in rows])[flat],
+        "sink": recording.sinks(),
     }
+    return {name: columns[name].astype(kind) for name, kind in _CAPTURED.items()}
 
 
-def _image_shas(row: Row) -> list[str]:
-    """Per captured token, the sha of its image; a text token carries the first image of its prompt."""
-    shas = row.prompt.image_shas
-    return [shas[max(index, 0)] if shas else "" for index in row.labels.image_index[row.positions]]
+def prefix_hashes(rows: Sequence[Row]) -> np.ndarray:
+    """Per token of all rows, one after the other, a hash of all ids and images up to it: equal hashes, equal context.
+
+    A sum of hashes of (position, id) and (number, image), so that a batch takes a few array operations (Zobrist 1970).
+    """
+    sizes = [row.input_ids.size for row in rows]
+    starts = np.cumsum([0, *sizes])[:-1]
+    positions = np.arange(sum(sizes)) - np.repeat(starts, sizes)
+    ids = np.concatenate([row.input_ids for row in rows])
+    terms = mix64(mix64(positions.astype(np.uint64)) + ids.astype(np.uint64))
+    for row, start in zip(rows, starts, strict=True):
+        for number, sha in enumerate(row.prompt.image_shas):
+            begun = np.flatnonzero(row.labels.image_index >= number)[:1]
+            terms[start + begun] += np.array([hash64(number, sha)], np.uint64)  # arrays wrap around without a warning
+    sums = np.cumsum(terms)
+    before = np.append(np.uint64(0), sums)[starts]
+    return mix64(sums - np.repeat(before, sizes))
 
 
-def _prefix_hashes(row: Row) -> list[str]:
-    """Per captured token, a hash of all ids and images up to it: equal hashes, equal context."""
-    digest = hashlib.blake2b(digest_size=8)
-    begun = np.maximum.accumulate(row.labels.image_index)
-    hashes, done = [], 0
-    for position in row.positions:
-        digest.update(row.input_ids[done : position + 1].astype("<i8").tobytes())
-        done = position + 1
-        here = digest.copy()
-        here.update(" ".join(row.prompt.image_shas[: begun[position] + 1]).encode())
-        hashes.append(here.hexdigest())
-    return hashes
-
-
-def _attention_columns(rows: Sequence[Row], recording: Recording, sites: Sequence[KeySite]) -> Columns:
-    """`ATTENTION_COLUMNS` of a batch, B documents of one layer after the other."""
-    modality = recording.padded([row.labels.modality for row in rows])
-    segment = recording.padded([row.labels.segment for row in rows])
-    inside = (segment[:, :, None] == np.array(SEGMENTS)).astype(np.float32)  # [B, P, segments]
-    visual, text = (modality == VISUAL).astype(np.float32), (modality == TEXT).astype(np.float32)
-    seen = recording.last_queries()
-    mass = np.einsum("lbp,bps->lbs", seen.mass, inside)
-    counts = np.broadcast_to(inside.sum(1), mass.shape)
-    image_share = _mean(np.broadcast_to(visual, seen.visible.shape), seen.visible)
-    by_layer = {
-        **{f"n_{name}": counts[..., number] for number, name in enumerate(SEGMENTS)},
-        **{f"mass_{name}": mass[..., number] for number, name in enumerate(SEGMENTS)},
-        "image_over_uniform": _ratio(mass[..., SEGMENTS.index("image")], image_share),
-        "qk_visual": _mean(seen.scores, visual),
-        "qk_text": _mean(seen.scores, text),
-        "key_norm_visual": _mean(seen.key_norms, visual),
-        "key_norm_text": _mean(seen.key_norms, text),
-    }
-    documents = _document_columns(rows, 1)
+def _joined(parts: Sequence[Columns]) -> Columns:
     return {
-        **{name: np.tile(values, len(sites)) for name, values in documents.items()},
-        "layer": np.repeat([site.layer for site in sites], len(rows)),
-        "layer_type": np.repeat(np.array([site.layer_type for site in sites], dtype=object), len(rows)),
-        "head_group": np.full(len(sites) * len(rows), ALL_HEADS, dtype=object),
-        **{name: values.ravel() for name, values in by_layer.items()},
+        name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0, kind)
+        for name, kind in _CAPTURED.items()
     }
 
 
-def _ratio(values: np.ndarray, by: np.ndarray) -> np.ndarray:
-    by = np.broadcast_to(by, values.shape)
-    return np.asarray(np.divide(values, by, out=np.full(values.shape, np.nan, np.float32), where=by > 0))
+def _gathered(gather: Gather, values: np.ndarray) -> list[np.ndarray]:
+    return [part.cpu().numpy() for part in gather(torch.from_numpy(np.ascontiguousarray(values)))]
 
 
-def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted mean over the last axis, NaN where the weights are zero."""
-    return _ratio((values * weights).sum(-1), weights.sum(-1))
+def _gathered_json(gather: Gather, value: Any) -> list[Any]:
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    return [json.loads(part.tobytes()) for part in _gathered(gather, encoded.copy())]
+
+
+def _ranks(documents: Sequence[Document]) -> np.ndarray:
+    """Place of each document in the order of the tables."""
+    ranks = np.empty(len(documents), np.int64)
+    ranks[sorted(range(len(documents)), key=documents.__getitem__)] = np.arange(len(documents))
+    return ranks
+
+
+def _taken(values: Sequence[str], places: np.ndarray) -> pd.api.extensions.ExtensionArray:
+    return pd.array(list(values), dtype="string").take(places)
+
+
+def _document_columns(documents: Sequence[Document], places: np.ndarray) -> dict[str, object]:
+    names = ("task", "condition", "cluster")
+    strings = {name: _taken([getattr(document, name) for document in documents], places) for name in names}
+    return {**strings, "doc_id": np.array([document.doc_id for document in documents], np.int64)[places]}
+
+
+def _typed(columns: Mapping[str, object], schema: Mapping[str, str]) -> pd.DataFrame:
+    return pd.DataFrame({name: pd.Series(columns[name], dtype=kind) for name, kind in schema.items()})

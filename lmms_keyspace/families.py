@@ -124,6 +124,7 @@ class KeySite:
     """A decoder layer that has keys of its own."""
 
     layer: int
+    block: nn.Module  # the decoder layer
     attention: nn.Module
     n_heads: int
     n_kv_heads: int
@@ -258,6 +259,7 @@ def _sites(text_model: nn.Module) -> tuple[KeySite, ...]:
         sites.append(
             KeySite(
                 layer=index,
+                block=layer,
                 attention=attention,
                 n_heads=config.num_attention_heads,
                 n_kv_heads=config.num_key_value_heads,

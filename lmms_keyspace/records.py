@@ -71,13 +71,17 @@ ATTENTION_COLUMNS: Mapping[str, str] = {
     "cluster": "string",
     "condition": "string",
     "layer": "int32",
-    "head_group": "string",  # `all`: mean over query heads
+    # `all`: means over the query heads. A number: the same over the query heads of that KV head; such rows are written
+    # for the documents whose keys are captured. Take one of the two kinds, never both together.
+    "head_group": "string",
     "layer_type": "string",
     **{f"n_{segment}": "int32" for segment in SEGMENTS},
     **{f"mass_{segment}": "float32" for segment in SEGMENTS},  # attention mass of the last prompt token; sums to 1
     "image_over_uniform": "float32",  # mass_image / (n_image / tokens seen); NaN without image tokens
     "qk_visual": "float32",  # mean scaled q.k of the last prompt token to visual keys
     "qk_text": "float32",
+    "lse_visual": "float32",  # log-sum-exp of scaled q.k over the visual keys that the mask allows, nats; NaN for none
+    "lse_text": "float32",
     "key_norm_visual": "float32",  # mean Euclidean norm of k_pre
     "key_norm_text": "float32",
 }
@@ -99,6 +103,7 @@ TOKEN_COLUMNS: Mapping[str, str] = {
     "grid_column": "int32",
     "token_id": "int64",
     "key_norm": "float32",  # k_pre, mean over layers and KV heads
+    "sink": "bool",  # attention sink by the criterion of sinks.py
     "keys_row": "int64",  # row in keys_<task>.safetensors, -1 when the key was not kept
 }
 OPTION_COLUMNS: Mapping[str, str] = {

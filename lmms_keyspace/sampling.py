@@ -12,11 +12,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.records import TEXT, VISUAL
+from lmms_keyspace.records import MODALITIES, TEXT, VISUAL
 from lmms_keyspace.tokens import TokenLabels
 
 
-def _hash64(*parts: object) -> int:
+def hash64(*parts: object) -> int:
+    """64-bit hash of the parts as text, the same in every process."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         text = str(part).encode()
@@ -24,7 +25,7 @@ def _hash64(*parts: object) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _mix64(values: np.ndarray) -> np.ndarray:
+def mix64(values: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64 (Steele, Lea and Flood 2014), elementwise on uint64; wraps around."""
     z = values + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -54,7 +55,7 @@ class Sampler:
 
     def choose_clusters(self, task: str, clusters: Iterable[str]) -> frozenset[str]:
         """The clusters of a task to capture; names may repeat and come in any order."""
-        ranked = sorted(set(clusters), key=lambda name: (_hash64(self.seed, task, name), name))
+        ranked = sorted(set(clusters), key=lambda name: (hash64(self.seed, task, name), name))
         return frozenset(ranked[: self.clusters])
 
     def choose_tokens(self, task: str, cluster: str, modality: str, positions: np.ndarray) -> np.ndarray:
@@ -65,8 +66,8 @@ class Sampler:
             positions: candidate positions, distinct and not negative.
         """
         positions = np.sort(np.asarray(positions, dtype=np.int64))
-        base = np.uint64(_hash64(self.seed, task, cluster, modality))
-        order = np.argsort(_mix64(_mix64(positions.astype(np.uint64)) ^ base), kind="stable")
+        base = np.uint64(hash64(self.seed, task, cluster, modality))
+        order = np.argsort(mix64(mix64(positions.astype(np.uint64)) ^ base), kind="stable")
         return np.sort(positions[order[: self.tokens]])
 
     def choose_positions(self, task: str, cluster: str, labels: TokenLabels) -> np.ndarray:
@@ -76,9 +77,9 @@ class Sampler:
         others. So a condition that puts words before the image is captured at the same patches, and models that spend
         unequal numbers of tokens on an image at the same words.
         """
-        is_visual = labels.modality == VISUAL
+        is_visual = labels.modality_codes == MODALITIES.index(VISUAL)
         visual, others = np.flatnonzero(is_visual), np.flatnonzero(~is_visual)
-        text = np.flatnonzero(labels.modality[others] == TEXT)
+        text = np.flatnonzero(labels.modality_codes[others] == MODALITIES.index(TEXT))
         patches = self.choose_tokens(task, cluster, VISUAL, np.arange(visual.size))
         words = self.choose_tokens(task, cluster, TEXT, text)
         return np.sort(np.concatenate([visual[patches], others[words]]))

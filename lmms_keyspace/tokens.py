@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.records import BOILERPLATE, BOS, SEGMENTS, SPECIAL, TEXT, VISUAL
+from lmms_keyspace.records import BOILERPLATE, BOS, MODALITIES, SEGMENTS, SPECIAL, TEXT, VISUAL
 
 # Share of documents at which a repeated token is boilerplate.
 BOILERPLATE_SHARE = 0.9
@@ -35,6 +35,8 @@ MAX_IMAGE_ANCHORS = 8
 TEXT_SEGMENTS = ("hint", "question", "options")
 _DEFAULT_SEGMENT = "question"
 _WIDTH = f"<U{max(map(len, SEGMENTS))}"
+_CODE = {name: code for code, name in enumerate(MODALITIES)}
+_IMAGE_SEGMENT, _SPECIAL_SEGMENT = SEGMENTS.index("image"), SEGMENTS.index("special")
 
 _Anchor = tuple[str, int, bool]  # name, number, forward
 
@@ -68,23 +70,39 @@ class TokenLabels:
     """Labels of an unpadded prompt of T tokens; every array is `[T]`.
 
     Attributes:
-        modality: visual | text | boilerplate | special | bos.
-        segment: image | hint | question | options | boilerplate | special. The fixed words inside a declared segment
-            belong to it, so that attention to a hint is attention to the whole hint.
+        modality_codes: places in `records.MODALITIES`: visual, text, boilerplate, special or bos.
+        segment_codes: places in `records.SEGMENTS`. The fixed words inside a declared segment belong to it, so that
+            attention to a hint is attention to the whole hint.
         image_index: which image of the prompt, -1 for other tokens. Images side by side whose sizes are unknown all
             carry the first one's index.
         grid_row, grid_column: place in the image's raster of tokens, -1 where unknown.
     """
 
-    modality: np.ndarray
-    segment: np.ndarray
+    modality_codes: np.ndarray
+    segment_codes: np.ndarray
     image_index: np.ndarray
     grid_row: np.ndarray
     grid_column: np.ndarray
 
+    @property
+    def size(self) -> int:
+        """T."""
+        return int(self.modality_codes.size)
+
+    @property
+    def modality(self) -> np.ndarray:
+        """Names of the modalities."""
+        return np.asarray(np.array(MODALITIES)[self.modality_codes])
+
+    @property
+    def segment(self) -> np.ndarray:
+        """Names of the segments."""
+        return np.asarray(np.array(SEGMENTS)[self.segment_codes])
+
     def counts(self) -> dict[str, int]:
         """Tokens by modality."""
-        return dict(Counter(self.modality.tolist()))
+        counts = np.bincount(self.modality_codes, minlength=len(MODALITIES)).tolist()
+        return {name: count for name, count in zip(MODALITIES, counts, strict=True) if count}
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,10 +229,10 @@ class Labeler:
         source, images = self._aligned(prompt, input_ids, encoded)
         modality, segment = (values[source] for values in self._collapsed_labels(prompt.task, encoded))
         added = source < 0  # by the processor, with the image
-        modality[added], segment[added] = SPECIAL, "special"
-        modality[input_ids == self._tokenizer.bos_token_id] = BOS
+        modality[added], segment[added] = _CODE[SPECIAL], _SPECIAL_SEGMENT
+        modality[input_ids == self._tokenizer.bos_token_id] = _CODE[BOS]
         for run in images:
-            modality[run.columns], segment[run.columns] = VISUAL, "image"
+            modality[run.columns], segment[run.columns] = _CODE[VISUAL], _IMAGE_SEGMENT
         image_index, grid_row, grid_column = _image_places(prompt, input_ids.size, images, image_grids)
         return TokenLabels(modality, segment, image_index, grid_row, grid_column)
 
@@ -322,12 +340,12 @@ class Labeler:
         return _Encoded(ids, placeholders, special, template, segment)
 
     def _collapsed_labels(self, task: str, encoded: _Encoded) -> tuple[np.ndarray, np.ndarray]:
-        modality = np.full(encoded.ids.size, TEXT, _WIDTH)
-        segment = np.where(encoded.segment == "", _DEFAULT_SEGMENT, encoded.segment).astype(_WIDTH)
         boilerplate = encoded.template | _is_fixed(encoded, self._fixed[task])
-        modality[boilerplate] = BOILERPLATE
-        segment[boilerplate & (encoded.segment == "")] = "boilerplate"
-        modality[encoded.special], segment[encoded.special] = SPECIAL, "special"
+        undeclared = encoded.segment == ""
+        segment = np.array([SEGMENTS.index(name or _DEFAULT_SEGMENT) for name in encoded.segment], np.int8)
+        modality = np.where(boilerplate, _CODE[BOILERPLATE], _CODE[TEXT]).astype(np.int8)
+        segment[boilerplate & undeclared] = SEGMENTS.index("boilerplate")
+        modality[encoded.special], segment[encoded.special] = _CODE[SPECIAL], _SPECIAL_SEGMENT
         return modality, segment
 
 

@@ -238,6 +238,8 @@ def _attention(run: FakeRun, samples: pd.DataFrame) -> pd.DataFrame:
                     "image_over_uniform": 1.0 if has_image else np.nan,
                     "qk_visual": 0.5,
                     "qk_text": 0.7,
+                    "lse_visual": 2.5,
+                    "lse_text": 2.6,
                     "key_norm_visual": 3.0,
                     "key_norm_text": 3.5,
                 }

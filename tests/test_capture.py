@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import adapter_models
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from adapter_models import EOS, IMAGE, IMAGE_SIZE, IMAGE_TOKENS
@@ -16,11 +17,11 @@ from models import expanded, family_model, left_padded, tokenizer
 from peft import LoraConfig, get_peft_model
 
 from lmms_keyspace.capture import Capture, Row
-from lmms_keyspace.captured import _prefix_hashes
+from lmms_keyspace.captured import prefix_hashes
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import FAMILIES, decoder_sites
 from lmms_keyspace.recording import CaptureError
-from lmms_keyspace.records import ATTENTION_COLUMNS, SEGMENTS, TEXT, TOKEN_COLUMNS, VISUAL
+from lmms_keyspace.records import ALL_HEADS, ATTENTION_COLUMNS, SEGMENTS, TEXT, TOKEN_COLUMNS, VISUAL
 from lmms_keyspace.sampling import Sampler
 from lmms_keyspace.tokens import Labeler, Prompt
 
@@ -113,6 +114,11 @@ def run(model, rows, batch_size=8, **settings):
     return capture, answers
 
 
+def of_all_heads(capture: Capture) -> pd.DataFrame:
+    """The attention table without the rows by KV head."""
+    return capture.attention_table().query(f"head_group == '{ALL_HEADS}'")
+
+
 def direct_keys(model, row: Row) -> list[torch.Tensor]:
     """k_proj of the layer's own input, one row alone, through hidden states: `[T, KV heads, d]` per layer."""
     with torch.inference_mode():
@@ -197,8 +203,9 @@ def test_tokens_of_several_images(llava):
     assert table.image_index.tolist() == [-1] * 3 + [0] * 4 + [-1] + [1] * 4 + [-1] * 2
     assert table.image_sha.tolist() == ["a"] * 8 + ["b"] * 4 + ["a"] * 2
     other = Row(replace(prompt, image_shas=("a", "c")), ids, labels, np.arange(ids.size))
-    hashes = _prefix_hashes(other)
-    assert [mine == theirs for mine, theirs in zip(table.prefix_hash, hashes, strict=True)] == [True] * 8 + [False] * 6
+    hashes = prefix_hashes([other])
+    same = [int(mine, 16) == theirs for mine, theirs in zip(table.prefix_hash, hashes, strict=True)]
+    assert same == [True] * 8 + [False] * 6
 
 
 def test_batch_size_changes_nothing(llava, rows):
@@ -261,7 +268,7 @@ def test_attention_mass_is_that_of_eager_attention(rows, implementation):
     with torch.inference_mode():
         weights = eager(**llava_inputs(rows), output_attentions=True).attentions
     capture, _ = run(tiny_llava(implementation), rows)
-    table = capture.attention_table().set_index(["doc_id", "layer"])
+    table = of_all_heads(capture).set_index(["doc_id", "layer"])
     assert list(capture.attention_table()) == list(ATTENTION_COLUMNS)
     width = max(row.input_ids.size for row in rows)
     for line, row in enumerate(rows):
@@ -294,7 +301,7 @@ def test_chunked_prefill_of_every_family_agrees_with_eager_attention(family):
     capture = Capture(model, decoder_sites(model), spaces=("k_pre", "k_post", "v"))
     with capture.batch(rows), torch.inference_mode():
         model.generate(**inputs, max_new_tokens=2, do_sample=False, prefill_chunk_size=5)
-    table = capture.attention_table().set_index(["doc_id", "layer"])
+    table = of_all_heads(capture).set_index(["doc_id", "layer"])
     width = inputs["input_ids"].shape[1]
     weights = [layer for layer in weights if layer is not None]
     for line, row in enumerate(rows):
@@ -323,11 +330,15 @@ def test_scores_and_key_norms_are_means_over_tokens_and_heads(llava, rows):
         keys = site.attention.k_proj(seen["states"]).unflatten(-1, (2, 8)).transpose(1, 2)
         query, rotated = site.apply_rope(query, keys, seen["cos"], seen["sin"])
         scores = query[0, :, -1:] @ rotated[0].repeat_interleave(2, 0).transpose(1, 2) / 8**0.5
-    got = capture.attention_table().set_index("layer").loc[1]
-    for name, modality in (("visual", VISUAL), ("text", TEXT)):
-        inside = torch.as_tensor(row.labels.modality == modality)
-        assert got[f"qk_{name}"] == pytest.approx(scores[:, 0, inside].mean().item(), abs=1e-4)
-        assert got[f"key_norm_{name}"] == pytest.approx(keys[0, :, inside].norm(dim=-1).mean().item(), rel=1e-4)
+    table = capture.attention_table().query("layer == 1").set_index("head_group")
+    assert table.index.tolist() == [ALL_HEADS, "0", "1"]
+    for group, heads, kv_heads in ((ALL_HEADS, [0, 1, 2, 3], [0, 1]), ("0", [0, 1], [0]), ("1", [2, 3], [1])):
+        got, seen_by, norms = table.loc[group], scores[heads, 0], keys[0, kv_heads].norm(dim=-1)
+        for name, modality in (("visual", VISUAL), ("text", TEXT)):
+            inside = torch.as_tensor(row.labels.modality == modality)
+            assert got[f"qk_{name}"] == pytest.approx(seen_by[:, inside].mean().item(), abs=1e-4)
+            assert got[f"lse_{name}"] == pytest.approx(seen_by[:, inside].logsumexp(-1).mean().item(), abs=1e-4)
+            assert got[f"key_norm_{name}"] == pytest.approx(norms[:, inside].mean().item(), rel=1e-4)
     at = torch.as_tensor(row.positions)
     torch.testing.assert_close(capture.keys("toy", space="q", layer=1)[0], query[0][:, at].transpose(0, 1))
     torch.testing.assert_close(capture.keys("toy", space="k_post", layer=1)[0], rotated[0][:, at].transpose(0, 1))
@@ -339,17 +350,20 @@ def test_hooks_are_gone_after_an_exception(llava, rows):
     llava(**llava_inputs(rows))  # transformers places hooks of its own at the first call
     before = dict(mapping), all_hooks(llava)
 
-    def fail_after_the_prefill():
+    def fail(prefill: bool):
         with capture.batch(rows):
-            llava.generate(**llava_inputs(rows), max_new_tokens=1)
             assert len(all_hooks(llava)) > len(before[1])
+            if prefill:
+                llava.generate(**llava_inputs(rows), max_new_tokens=1)
+                assert all_hooks(llava) == before[1]  # decoding needs none
             raise RuntimeError("boom")
 
-    with pytest.raises(RuntimeError, match="boom"):
-        fail_after_the_prefill()
-    assert (dict(mapping), all_hooks(llava)) == before
-    assert "sdpa" not in mapping  # what others register for all of transformers stays visible
-    assert capture.captured == set()
+    for prefill in (False, True):
+        with pytest.raises(RuntimeError, match="boom"):
+            fail(prefill)
+        assert (dict(mapping), all_hooks(llava)) == before
+        assert "sdpa" not in mapping  # what others register for all of transformers stays visible
+        assert capture.captured == set()
     with capture.batch(rows):  # a failed batch may be tried again
         llava.generate(**llava_inputs(rows), max_new_tokens=1)
     assert len(capture.captured) == len(rows)
@@ -439,7 +453,7 @@ def test_chunked_prefill_gives_the_same(implementation, spaces):
         torch.testing.assert_close(
             plain.keys("toy", space=space, layer=1)[0], capture.keys("toy", space=space, layer=1)[0], atol=1e-5, rtol=0
         )
-    for column in ("mass_question", "qk_text", "key_norm_text"):
+    for column in ("mass_question", "qk_text", "lse_text", "key_norm_text"):
         np.testing.assert_allclose(plain.attention_table()[column], capture.attention_table()[column], atol=1e-5)
 
 
@@ -454,6 +468,9 @@ def test_rows_of_clusters_not_chosen_give_attention_but_no_keys(llava):
     assert set(capture.token_table()["cluster"]) == chosen
     assert len(chosen) == 2
     assert capture.attention_table()["doc_id"].nunique() == len(prompts)
+    by_head = capture.attention_table().query(f"head_group != '{ALL_HEADS}'")
+    assert set(by_head["cluster"]) == chosen
+    assert len(by_head) == by_head["doc_id"].nunique() * len(LAYERS) * 2
 
 
 def test_mrope_positions_and_attention_of_qwen2_5_vl():
@@ -481,7 +498,7 @@ def test_mrope_positions_and_attention_of_qwen2_5_vl():
     eager = family_model("qwen2_5_vl", "eager")
     with torch.inference_mode():
         weights = eager(**inputs, output_attentions=True).attentions
-    table = capture.attention_table().set_index(["doc_id", "layer"])
+    table = of_all_heads(capture).set_index(["doc_id", "layer"])
     width = inputs["input_ids"].shape[1]
     for line, row in enumerate(rows):
         image = np.flatnonzero(row.labels.segment == "image") + width - row.input_ids.size
@@ -511,7 +528,7 @@ def test_reference_is_the_base_model_at_the_same_tokens(llava, adapted, rows):
         torch.testing.assert_close(reference, base.keys("toy", layer=layer)[0], atol=1e-5, rtol=0)
         assert clusters == capture.keys("toy", layer=layer)[1]
         assert (capture.keys("toy", layer=layer)[0] - reference).abs().max() > 0.1
-    assert len(capture.attention_table()) == len(rows) * len(LAYERS)
+    assert len(of_all_heads(capture)) == len(rows) * len(LAYERS)
 
 
 def test_incomplete_reference_is_an_error(adapted, rows):

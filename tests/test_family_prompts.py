@@ -13,7 +13,7 @@ from PIL import Image
 from lmms_keyspace.capture import Capture, Row
 from lmms_keyspace.families import FAMILIES, decoder_sites
 from lmms_keyspace.model_wrappers.encoding import encode
-from lmms_keyspace.records import SEGMENTS, SPECIAL, TEXT, VISUAL
+from lmms_keyspace.records import ALL_HEADS, SEGMENTS, SPECIAL, TEXT, VISUAL
 from lmms_keyspace.sampling import Sampler
 from lmms_keyspace.tokens import Labeler, Prompt
 
@@ -135,14 +135,15 @@ def test_attention_mass_is_that_of_eager_attention(family):
         outputs = eager(**inputs, output_attentions=True)
     outputs = getattr(outputs, "language_model_outputs", outputs)
     weights = [layer for layer in outputs.attentions if layer is not None]
-    table = capture.attention_table().set_index(["doc_id", "layer"])
+    table = capture.attention_table().set_index(["doc_id", "layer", "head_group"])
     width = inputs["input_ids"].shape[1]
     for line, row in enumerate(rows):
         for layer, weight in zip(capture.layers, weights, strict=True):
-            last = weight[line, :, -1, width - row.input_ids.size :].mean(0).numpy()
-            for segment in SEGMENTS:
-                expected = last[row.labels.segment == segment].sum()
-                assert table.loc[(line, layer), f"mass_{segment}"] == pytest.approx(expected, abs=1e-5)
+            last = weight[line, :, -1, width - row.input_ids.size :].numpy()
+            for group, heads in ((ALL_HEADS, last), ("0", last[:2]), ("1", last[2:])):  # two query heads a KV head
+                for segment in SEGMENTS:
+                    expected = heads.mean(0)[row.labels.segment == segment].sum()
+                    assert table.loc[(line, layer, group), f"mass_{segment}"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", NAMES)
