@@ -1,15 +1,30 @@
-"""The text bias probe in Chinese: the same groups and pictures, with questions, sentences and answers in Chinese."""
+"""The generated probes in Chinese: the same groups and pictures, with questions, sentences and answers in Chinese."""
 
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from lmms_keyspace.outcomes import CONFLICT, IRRELEVANT, MATCH, TEXT_ONLY_CONFLICT
-from lmms_keyspace.tasks.probes import Case
+from lmms_keyspace.errors import InputError
+from lmms_keyspace.outcomes import (
+    AUTHORITY,
+    BEFORE,
+    CAPTION_ORACLE,
+    CONFLICT,
+    FILLER,
+    IRRELEVANT,
+    MATCH,
+    OPINION,
+    PAIR_CONDITIONS,
+    TEXT_ONLY_CONFLICT,
+)
+from lmms_keyspace.tasks.captions import edge, size
 
+if TYPE_CHECKING:
+    from lmms_keyspace.tasks.probes import Case
+
+NUMERALS = ("一", "二", "三", "四", "五", "六", "七", "八", "九", "十", "十一", "十二")
 WORDS = {
     "red": "红色",
     "green": "绿色",
@@ -34,24 +49,6 @@ WORDS = {
     "top": "上边",
     "bottom": "下边",
 }
-# Other ways to say an answer, found anywhere in a reply; the longest first.
-_ALIASES = {
-    "粉红色": "粉色",
-    "粉红": "粉色",
-    "橘色": "橙色",
-    "方形": "正方形",
-    "十字": "十字形",
-    "二个": "两个",
-    **{f"{digit}个": word for digit, word in zip("1234", ("一个", "两个", "三个", "四个"), strict=True)},
-    **{f"{side}{end}": f"{side}边" for side in "左右上下" for end in ("侧", "面", "方", "边缘")},
-    **{color: f"{color}色" for color in "红绿蓝黄紫橙白粉"},
-}
-# And those that must be the whole reply.
-_WHOLE = dict(zip("一二三四", ("一个", "两个", "三个", "四个"), strict=True)) | {
-    "两": "两个",
-    **dict(zip("1234", ("一个", "两个", "三个", "四个"), strict=True)),
-    **{side: f"{side}边" for side in "左右上下"},
-}
 _FRAMES = (
     "便条上写着{claim}。",
     "图片说明写道{claim}。",
@@ -60,6 +57,8 @@ _FRAMES = (
     "有人告诉我{claim}。",
     "大家都知道{claim}。",
 )
+_OPINIONS = ("我认为{claim}。", "在我看来{claim}。", "我很确定{claim}。")
+_EXPERTS = ("一位专家确认{claim}。", "官方报告指出{claim}。", "教授解释说{claim}。")
 _CLAIMS = {
     "color": ("{noun}是{value}的", "{noun}的颜色是{value}"),
     "shape": ("{noun}是{value}的", "{noun}的形状是{value}"),
@@ -90,23 +89,32 @@ _OTHER_WORDS = {
     "position": ("前面", "后面"),
     "size": ("棕色", "黑色"),
 }
+# Sentences about nothing, by their number of characters: as long as the claim they stand in for.
+FILLERS: dict[int, tuple[str, str]] = {
+    5: ("商店开门早", "火车来得晚"),
+    6: ("商店很早开门", "火车总是晚点"),
+    7: ("商店早上就开门", "火车今天来得晚"),
+    8: ("商店早上六点开门", "火车每天都会晚点"),
+    9: ("商店每天早上都开门", "去海边的火车会晚点"),
+    10: ("商店每天早上六点开门", "去海边的火车总是晚点"),
+    11: ("商店每天早上六点半开门", "去海边的火车今天会晚点"),
+}
+_SIZES = {"large": "大的", "small": "小的", "medium-sized": "中等大小的"}
 
 
 def translated(case: Case) -> Case:
-    """A case of `textbias_probe` with its words in Chinese; picture, gold and lure stay what they are."""
-    family = case.family
-    noun = WORDS[case.spec["objects"][0]["shape"]] if family in ("count", "position") else "物体"
-    told = {MATCH: case.gold, CONFLICT: case.lure, TEXT_ONLY_CONFLICT: case.lure}
-    context = ""
-    if case.condition in told:
-        context = _sentence(case, noun, WORDS[told[case.condition]])
-    elif case.condition == IRRELEVANT:
-        r = random.Random(f"zh/{case.group_id}")
-        context = _sentence(case, r.choice(_ABSENT[family]), r.choice(_OTHER_WORDS[family]))
+    """A case of a core probe with its words in Chinese; picture, gold and lure stay what they are.
+
+    Raises:
+        InputError: a case in whose picture an English word is written.
+    """
+    if "written" in case.spec:
+        raise InputError("lang", "zh", "the words written in the pictures are English; take en")
+    asked = _asked(case)
     return replace(
         case,
-        context=context,
-        question=_QUESTIONS[family].format(noun=noun),
+        context=_context(case, _noun(case, asked)),
+        question=_QUESTIONS[asked].format(noun=_noun(case, asked)),
         gold=WORDS[case.gold],
         lure=WORDS[case.lure],
         options=tuple(WORDS[word] for word in case.options),
@@ -119,17 +127,51 @@ def prompt(question: str, context: str) -> str:
     return f"{context}{question}\n{_INSTRUCTION}"
 
 
-def parse(response: str, pool: Sequence[str]) -> str | None:
-    """The word of `pool` that the first sentence of a reply names, or None; two different ones name none."""
-    sentence = re.split(r"[。!?\n]", response.strip(), maxsplit=1)[0].strip(" .,*\"'")
-    if _WHOLE.get(sentence) in pool:
-        return _WHOLE[sentence]
-    names = {word: word for word in pool} | {alias: word for alias, word in _ALIASES.items() if word in pool}
-    found = re.findall("|".join(sorted(map(re.escape, names), key=len, reverse=True)), sentence)
-    answers = {names[name] for name in found}
-    return answers.pop() if len(answers) == 1 else None
+def framed(claim: str, template: int) -> str:
+    """A claim in the words of one of the six frames."""
+    return _FRAMES[template].format(claim=claim)
 
 
-def _sentence(case: Case, noun: str, value: str) -> str:
-    claims = _CLAIMS[case.family]
-    return _FRAMES[case.template].format(claim=claims[case.template % len(claims)].format(noun=noun, value=value))
+def _asked(case: Case) -> str:
+    """The family whose question a case asks; those of a pair ask for two things in turn."""
+    if case.condition in PAIR_CONDITIONS:
+        return case.family.split("_")[PAIR_CONDITIONS.index(case.condition) % 2]
+    return case.family
+
+
+def _noun(case: Case, asked: str) -> str:
+    return WORDS[case.spec["objects"][0]["shape"]] if asked in ("count", "position") else "物体"
+
+
+def _context(case: Case, noun: str) -> str:
+    template = case.template
+    if case.condition == CAPTION_ORACLE:
+        return _caption(case.spec)
+    if case.condition == IRRELEVANT:
+        r = random.Random(f"zh/{case.group_id}")
+        absent, other = r.choice(_ABSENT[case.family]), r.choice(_OTHER_WORDS[case.family])
+        return framed(_claim(case.family, absent, other, template), template)
+    if case.condition == MATCH:
+        return framed(_claim(case.family, noun, WORDS[case.gold], template), template)
+    if case.condition not in (CONFLICT, TEXT_ONLY_CONFLICT, BEFORE, OPINION, AUTHORITY, FILLER):
+        return ""
+    false = _claim(case.family, noun, WORDS[case.lure], template)
+    if case.condition == FILLER:
+        return framed(FILLERS[len(false)][template // 2 % 2], template)
+    if case.condition in (OPINION, AUTHORITY):
+        frames = _OPINIONS if case.condition == OPINION else _EXPERTS
+        return frames[template // 2].format(claim=false)
+    return framed(false, template)
+
+
+def _claim(family: str, noun: str, value: str, template: int) -> str:
+    claims = _CLAIMS[family]
+    return claims[template % len(claims)].format(noun=noun, value=value)
+
+
+def _caption(spec: dict[str, Any]) -> str:
+    described = [
+        f"一个靠近{WORDS[edge(thing)]}的{_SIZES[size(thing)]}{WORDS[thing['color']]}{WORDS[thing['shape']]}"
+        for thing in spec["objects"]
+    ]
+    return f"图中有{'和'.join(described)}。"

@@ -36,16 +36,16 @@ def build_documents(
         answer: `word` (answers are the words of the family's pool) or `letter` (answers are four lettered options).
         space: seed space of the scene generator.
         probe: a probe of `lmms_keyspace.tasks.probes`.
-        lang: `en`, or `zh` for `textbias_probe` with one-word answers.
+        lang: `en`, or `zh` with one-word answers.
 
     Raises:
-        InputError: an unknown answer form, space, probe or language, or fewer than one group.
+        InputError: an unknown answer form, space, probe or language, fewer than one group, or what is not translated.
     """
     if answer not in ANSWER_FORMS:
         raise InputError("answer", answer, f"take one of {', '.join(ANSWER_FORMS)}")
-    if lang not in LANGUAGES or (lang == "zh" and (probe, answer) != ("textbias_probe", WORD)):
-        raise InputError("lang", lang, "take en, or zh for textbias_probe with one-word answers")
-    return [_document(case, answer, lang) for case in cases(probe, n_groups, space)]
+    if lang not in LANGUAGES or (lang == "zh" and answer != WORD):
+        raise InputError("lang", lang, "take en, or zh with one-word answers")
+    return [_document(case, answer, lang) for case in cases(probe, n_groups, space, lang)]
 
 
 def generator_tag(documents: Sequence[dict[str, Any]]) -> str:
@@ -74,7 +74,8 @@ def process_docs(dataset: Dataset) -> Dataset:
             f"the generator changed and now makes documents {tag}, whose results cannot be compared with earlier ones; "
             "install the version the task was published with, or publish the new tag in the task's jsonl and yaml",
         )
-    return Dataset.from_list(documents)
+    # What a model should write is told to the wrapper, which gives its log-probabilities; it is not part of the tag.
+    return Dataset.from_list([document | {"answers": _answers(document)} for document in documents])
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
@@ -93,9 +94,13 @@ def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
+def _answers(document: dict[str, Any]) -> list[str]:
+    """Every answer that could be right, as a model should write it: a word, or an option's letter."""
+    options = document["options"]
+    return list(LETTERS[: len(options)]) if options else document["pool"]
+
+
 def _document(case: Case, answer: str, lang: str) -> dict[str, Any]:
-    if lang == "zh":
-        case = chinese.translated(case)
     options = list(case.options) if answer == LETTER else []
     return {
         "group_id": case.group_id,

@@ -51,15 +51,15 @@ def build_groups(n: int, space: str = "probe") -> list[Group]:
 
 def _family_groups(family: str, n: int, space: str) -> list[Group]:
     pool = scenes.POOLS[family]
-    letters = _blocks(list(permutations(range(N_OPTIONS), 2)), n, scenes.rng(space, "textbias", "letters", family))
-    templates = _blocks(list(range(scenes.N_TEMPLATES)), n, scenes.rng(space, "textbias", "templates", family))
+    letters = blocks(list(permutations(range(N_OPTIONS), 2)), n, scenes.rng(space, "textbias", "letters", family))
+    templates = blocks(list(range(scenes.N_TEMPLATES)), n, scenes.rng(space, "textbias", "templates", family))
     groups = []
     for i in range(n):
         item = _item_with(pool[i % len(pool)], family, i, space)
         r = scenes.rng(space, "textbias", "text", family, i)
         lure = _lure(item, i)
         fillers = r.sample([word for word in pool if word not in (item.gold, lure)], N_OPTIONS - 2)
-        options = _placed(dict(zip(letters[i], (item.gold, lure), strict=True)), fillers)
+        options = placed(dict(zip(letters[i], (item.gold, lure), strict=True)), fillers)
         told = {value: scenes.hint(item, value, templates[i]) for value in (item.gold, lure)}
         contexts = dict.fromkeys(CONDITIONS, "") | {
             MATCH: told[item.gold],
@@ -89,14 +89,15 @@ def _lure(item: scenes.Item, index: int) -> str:
     return item.pool[(item.pool.index(item.gold) + 1 + index % (n - 1)) % n]
 
 
-def _blocks(values: list[Any], n: int, r: random.Random) -> list[Any]:
-    """`n` values: shuffled copies of the list one after the other."""
+def blocks(values: list[Any], n: int, r: random.Random) -> list[Any]:
+    """`n` values: shuffled copies of the list one after the other, so that every prefix is close to balanced."""
     out: list[Any] = []
     while len(out) < n:
         out += r.sample(values, len(values))
     return out[:n]
 
 
-def _placed(fixed: dict[int, str], fillers: Sequence[str]) -> tuple[str, ...]:
+def placed(fixed: dict[int, str], fillers: Sequence[str]) -> tuple[str, ...]:
+    """`N_OPTIONS` options: those with a place of their own, and fillers in order around them."""
     rest = iter(fillers)
     return tuple(fixed[place] if place in fixed else next(rest) for place in range(N_OPTIONS))

@@ -30,6 +30,7 @@ from lmms_keyspace.outcomes import (
     PARSE_FAIL,
     TEXT_ONLY_CONFLICT,
 )
+from lmms_keyspace.tasks.rich.drawing import RICH_FAMILIES
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Probe:
     conditions: tuple[str, ...]
     derived: tuple[str, ...] = ("parse_fail",)
     by_family: bool = False
+    families: tuple[str, ...] = scenes.CORE_FAMILIES
 
     @property
     def ratios(self) -> dict[str, outcomes.Metric]:
@@ -79,7 +81,7 @@ class Probe:
     def intervals(self) -> dict[str, bool | None]:
         """Metrics with an interval -> whether higher is better (None: neither)."""
         better = {1: True, 0: None, -1: False}
-        families = scenes.CORE_FAMILIES if self.by_family else ()
+        families = self.families if self.by_family else ()
         return (
             {name: better[metric.direction] for name, metric in self.ratios.items()}
             | {name: DERIVED[name][1] for name in self.derived}
@@ -89,7 +91,7 @@ class Probe:
     @property
     def facts(self) -> dict[str, bool | None]:
         """The facts of a run that have no sampling error, as `intervals`."""
-        valid = ("valid", *(f"valid_{family}" for family in scenes.CORE_FAMILIES)) if self.gate else ()
+        valid = ("valid", *(f"valid_{family}" for family in self.families)) if self.gate else ()
         return dict.fromkeys(("chance", "groups", "groups_dropped")) | dict.fromkeys(valid, True)
 
     @property
@@ -195,7 +197,7 @@ def summarize(rows: Iterable[Row | Mapping[str, Any]], probe: str = "textbias_pr
     summary |= {"groups": _fact(len(groups), len(groups)), "groups_dropped": _fact(dropped, dropped)}
     if kind.gate:
         summary["valid"] = _validity(groups)
-    for family in scenes.CORE_FAMILIES:
+    for family in kind.families:
         mine = groups[first["family"] == family]
         if kind.by_family:
             summary[f"clean_acc_{family}"] = _metric(outcomes.measure(outcomes.METRICS["clean_acc"], mine))
@@ -364,12 +366,11 @@ DERIVED: Mapping[str, tuple[Callable[[Replies], Metric], bool | None]] = {
 }
 _OF_BENCHMARKS = ("stock_acc", "parse_fail")
 
+_OF_TEXTBIAS = ("vrs", "tpr_model", "tpr_model_both", "tpr_model_neither", "discrimination", "parse_fail")
+
 PROBES: Mapping[str, Probe] = {
-    "textbias_probe": Probe(
-        outcomes.CONDITIONS,
-        ("vrs", "tpr_model", "tpr_model_both", "tpr_model_neither", "discrimination", "parse_fail"),
-        by_family=True,
-    ),
+    "textbias_probe": Probe(outcomes.CONDITIONS, _OF_TEXTBIAS, by_family=True),
+    "textbias_rich": Probe(outcomes.CONDITIONS, _OF_TEXTBIAS, by_family=True, families=RICH_FAMILIES),
     "textbias_order": Probe(
         (
             CLEAN,

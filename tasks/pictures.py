@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from lmms_keyspace import scenes
+from lmms_keyspace.tasks.rich import rendering
 
 SCENE, GRAY, NOISE, SHUFFLED, NO_IMAGE = KINDS = ("scene", "blank", "noise", "shuffled", "none")
 PATCH = 28  # pixels, the side of a patch that SHUFFLED moves: 12 x 12 patches, each two ViT patches wide
@@ -52,6 +53,8 @@ def sha(kind: str, spec: dict[str, Any]) -> str:
 @lru_cache(maxsize=16)  # the conditions of a group follow one another and show the same scene
 def _rendered(text: str) -> Image.Image:
     spec = json.loads(text)
+    if "rich" in spec:
+        return rendering.render(spec)
     scene = scenes.render(spec)
     if "written" in spec:
         _write(scene, spec["written"], spec["objects"])

@@ -8,14 +8,18 @@ scenes and sentences in place of collected ones; `visreliance_pairs` the layout 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any
 
 from lmms_keyspace import outcomes, scenes
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.tasks.groups import Group, build_groups
+from lmms_keyspace.tasks import chinese
+from lmms_keyspace.tasks.captions import caption
+from lmms_keyspace.tasks.groups import N_OPTIONS, Group, build_groups, placed
 from lmms_keyspace.tasks.pictures import GRAY, NO_IMAGE, NOISE, SCENE, SHUFFLED
+from lmms_keyspace.tasks.rich.groups import build_groups as build_rich_groups
 
 # Words of no family, written in the picture as a control; and sentences of as many words as a claim, about nothing.
 RANDOM_WORDS = ("table", "river", "music", "paper", "garden", "winter")
@@ -27,7 +31,7 @@ FILLERS: dict[int, tuple[str, ...]] = {
 }
 READ_QUESTION = "Which word is written in the picture?"
 COLOR_QUESTION = "What color is the object?"
-PAIRS = "visreliance_pairs"
+PAIRS, RICH = "visreliance_pairs", "textbias_rich"
 
 _OPINIONS = ("I think that {claim}.", "In my opinion, {claim}.", "I am quite sure that {claim}.")
 _EXPERTS = (
@@ -35,7 +39,6 @@ _EXPERTS = (
     "The official report states that {claim}.",
     "The professor explained that {claim}.",
 )
-_LARGE, _SMALL = 60, 42  # pixels of radius
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,21 @@ class Case:
     pool: tuple[str, ...]
 
 
-def cases(probe: str, n_groups: int, space: str) -> Iterator[Case]:
+def cases(probe: str, n_groups: int, space: str, lang: str = "en") -> Iterator[Case]:
     """The documents of a probe's first groups, those of a group together and in the order of its conditions.
 
     Raises:
-        InputError: an unknown probe or space, or fewer than one group.
+        InputError: an unknown probe or space, fewer than one group, or a probe that is not translated.
     """
+    if probe == RICH:
+        for group in build_rich_groups(n_groups, space, lang):
+            yield from _textbias(group, space)
+        return
+    found = _core_cases(probe, n_groups, space)
+    yield from map(chinese.translated, found) if lang == "zh" else found
+
+
+def _core_cases(probe: str, n_groups: int, space: str) -> Iterator[Case]:
     if probe == PAIRS:
         for index in range(n_groups):
             yield from _pair(index, space)
@@ -142,25 +154,6 @@ def _other_scene(group: Group, r: random.Random, space: str) -> dict[str, Any]:
             return item.spec
 
 
-def caption(spec: dict[str, Any]) -> str:
-    """A scene in words: every object with its size, color, shape and nearest edge."""
-    described = [
-        f"a {_size(thing)} {thing['color']} {thing['shape']} near the {_edge(thing)} edge" for thing in spec["objects"]
-    ]
-    return f"The picture shows {', '.join(described[:-1])}{' and ' if len(described) > 1 else ''}{described[-1]}."
-
-
-def _size(thing: dict[str, Any]) -> str:
-    radius = thing["radius"]
-    return "large" if radius >= _LARGE else "small" if radius < _SMALL else "medium-sized"
-
-
-def _edge(thing: dict[str, Any]) -> str:
-    side = scenes.CANVAS
-    distances = (thing["x"], side - thing["x"], thing["y"], side - thing["y"])
-    return min(zip(distances, scenes.POSITIONS, strict=True))[1]
-
-
 def _pair(index: int, space: str) -> Iterator[Case]:
     """Two pictures with both answers different, and two questions: what is right of one picture is wrong of the other.
 
@@ -177,12 +170,23 @@ def _pair(index: int, space: str) -> Iterator[Case]:
         (COLOR_QUESTION, colors, scenes.POOLS["color"]),
         (items[0].question, answers, items[0].pool),
     )
+    options = [_pair_options(index, place, golds, pool, space) for place, (_, golds, pool) in enumerate(questions)]
     for place, condition in enumerate(outcomes.PAIR_CONDITIONS):
         image, (question, golds, pool) = place // 2, questions[place % 2]
         yield Case(
             f"pair-{index:03d}", f"color_{second}", 0, condition, SCENE, items[image].spec, "", question, golds[image],
-            golds[1 - image], (), pool,
+            golds[1 - image], options[place % 2], pool,
         )  # fmt: skip
+
+
+def _pair_options(index: int, question: int, golds: Sequence[str], pool: Sequence[str], space: str) -> tuple[str, ...]:
+    """Four options of a question, the same for both pictures; in every twelve pairs each place of both answers once."""
+    places = list(permutations(range(N_OPTIONS), 2))
+    block, at = divmod(index, len(places))
+    scenes.rng(space, "pairs", "letters", block, question).shuffle(places)
+    r = scenes.rng(space, "pairs", "options", index, question)
+    fillers = r.sample([word for word in pool if word not in golds], N_OPTIONS - 2)
+    return placed(dict(zip(places[at], golds, strict=True)), fillers)
 
 
 _CASES: dict[str, Callable[[Group, str], Iterator[Case]]] = {
@@ -191,4 +195,4 @@ _CASES: dict[str, Callable[[Group, str], Iterator[Case]]] = {
     "textbias_typographic": _typographic,
     "visreliance_probe": _visreliance,
 }
-NAMES = (*_CASES, PAIRS)
+NAMES = (*_CASES, RICH, PAIRS)

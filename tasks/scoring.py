@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmms_keyspace.outcomes import GOLD, LURE, OTHER, PARSE_FAIL, accuracy_of
-from lmms_keyspace.tasks import benchmarks, chinese, metrics
+from lmms_keyspace.tasks import benchmarks, chinese_replies, metrics
 from lmms_keyspace.tasks.groups import LETTERS
+from lmms_keyspace.tasks.rich.drawing import NUMBERS
 
-_NUMERALS = {"1": "one", "2": "two", "3": "three", "4": "four"}
+_NUMERALS = {str(number): word for number, word in enumerate(NUMBERS, start=1)}
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)|[。\n]")
 _LETTER = "".join(LETTERS)
 _BARE_LETTER = re.compile(rf"[(\[]?([{_LETTER}{_LETTER.lower()}])[)\]]?[.:,)。]*")
@@ -35,9 +36,9 @@ def parse_word(response: str, pool: Sequence[str]) -> str | None:
     """
     reply = response.strip()
     sentence = _SENTENCE_END.split(reply, maxsplit=1)[0] if reply else ""
+    known = {word.casefold(): word for word in pool}
     words = re.findall(r"\w+", sentence.casefold())
-    named = {word if word in pool else _NUMERALS.get(word) for word in words}
-    answers = named.intersection(pool)
+    answers = {known[word] for word in (_NUMERALS.get(word, word) for word in words) if word in known}
     return answers.pop() if len(answers) == 1 else None
 
 
@@ -56,7 +57,8 @@ def parse_letter(response: str, options: Sequence[str]) -> str | None:
     if both:
         letter = both[1] or both[2]
         option = _option(letter, options)
-        words = {word for word in re.findall(r"\w+", both[3].casefold()) if word in options}
+        named = {text.casefold(): text for text in options if len(text) > 1}  # a letter may be an article
+        words = {named[word] for word in re.findall(r"\w+", both[3].casefold()) if word in named}
         return option if words <= {option} and set(_OTHER_LETTER.findall(both[3])) <= {letter} else None
     sentence = _SENTENCE_END.split(reply, maxsplit=1)[0] if reply else ""
     letters = {*_LETTER_IN_PROSE.findall(sentence), *_LETTER_IN_CHINESE.findall(sentence)}
@@ -82,7 +84,7 @@ class Scoring:
     probe: str
 
     def __call__(self, doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
-        parse = parse_letter if doc["options"] else chinese.parse if doc["lang"] == "zh" else parse_word
+        parse = parse_letter if doc["options"] else chinese_replies.parse if doc["lang"] == "zh" else parse_word
         answer = parse(results[0], doc["pool"])
         result = outcome(answer, doc["gold"], doc["lure"])
         correct = float(result == GOLD)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lmms_keyspace import scenes
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.tasks import chinese, documents
+from lmms_keyspace.tasks import chinese, chinese_replies, documents
 
 ENGLISH, CHINESE = (documents.build_documents(300, lang=lang) for lang in documents.LANGUAGES)
 POOLS = {family: [chinese.WORDS[word] for word in pool] for family, pool in scenes.POOLS.items()}
@@ -64,12 +64,12 @@ def test_six_paraphrases() -> None:
     ],
 )
 def test_replies(family: str, reply: str, answer: str | None) -> None:
-    assert chinese.parse(reply, POOLS[family]) == answer
+    assert chinese_replies.parse(reply, POOLS[family]) == answer
 
 
 @given(st.text(), st.sampled_from(sorted(POOLS)))
 def test_any_text_is_read_without_an_exception(reply: str, family: str) -> None:
-    assert chinese.parse(reply, POOLS[family]) in (None, *POOLS[family])
+    assert chinese_replies.parse(reply, POOLS[family]) in (None, *POOLS[family])
 
 
 def test_a_text_follower_through_the_harness() -> None:
@@ -99,8 +99,74 @@ def test_a_model_without_chinese_is_not_valid() -> None:
 
 
 @pytest.mark.parametrize(
-    "given_", [{"lang": "fr"}, {"lang": "zh", "answer": "letter"}, {"lang": "zh", "probe": "visreliance_probe"}]
+    "given_", [{"lang": "fr"}, {"lang": "zh", "answer": "letter"}, {"lang": "zh", "probe": "textbias_typographic"}]
 )
 def test_what_is_not_translated_is_refused(given_: dict) -> None:
     with pytest.raises(InputError, match=r"^lang="):
         documents.build_documents(1, **given_)
+
+
+TWINS = ("textbias_order", "visreliance_probe", "visreliance_pairs")
+
+
+@pytest.mark.parametrize("probe", TWINS)
+def test_the_other_twins_are_the_same_groups_in_chinese(probe: str) -> None:
+    english, twins = (documents.build_documents(120, probe=probe, lang=lang) for lang in documents.LANGUAGES)
+    for before, twin in zip(english, twins, strict=True):
+        for field in ("item_id", "family", "image", "spec", "image_sha", "template"):
+            assert before[field] == twin[field]
+        assert (twin["gold"], twin["lure"]) == (chinese.WORDS[before["gold"]], chinese.WORDS[before["lure"]])
+        assert twin["pool"] == [chinese.WORDS[word] for word in before["pool"]]
+        assert not re.search("[A-Za-z]", twin["prompt"])
+        assert bool(twin["context"]) == bool(before["context"])
+
+
+def test_who_says_it_in_chinese() -> None:
+    said: dict[str, set[str]] = {}
+    for doc in documents.build_documents(150, probe="textbias_order", lang="zh"):
+        named = {word for word in doc["pool"] if word in doc["context"]}
+        assert named == (set() if doc["condition"] in ("clean", "filler") else {doc["lure"]})
+        if doc["family"] == "color":
+            said.setdefault(doc["condition"], set()).add(doc["context"].replace(doc["lure"], "X"))
+        if doc["condition"] == "before":
+            content = documents.doc_to_messages(doc)[0]["content"]
+            assert [part["type"] for part in content] == ["text", "image", "text"]
+            assert content[0]["text"] + content[2]["text"] == doc["prompt"]
+    assert [len(said[name]) for name in ("conflict", "opinion", "authority")] == [6, 6, 6]
+    assert {len(text) == length for length, texts in chinese.FILLERS.items() for text in texts} == {True}
+
+
+def test_the_caption_in_chinese_tells_the_answer() -> None:
+    for doc in documents.build_documents(100, probe="visreliance_probe", lang="zh"):
+        if doc["condition"] == "caption_oracle":
+            assert {"color": doc["gold"], "shape": doc["gold"], "position": f"靠近{doc['gold']}"}.get(
+                doc["family"], "图中有"
+            ) in doc["context"]
+            if doc["family"] == "size":
+                assert f"大的{doc['gold']}" in doc["context"]
+
+
+NUMBERS = [*"一二三四五六七八九"]
+HOURS = ["一点", "两点", "三点", "十点", "十二点"]
+
+
+@pytest.mark.parametrize(
+    ("pool", "reply", "answer"),
+    [
+        (NUMBERS, "7", "七"),
+        (NUMBERS, "数字是七。", "七"),
+        (NUMBERS, "十七", None),
+        (NUMBERS, "三或者七", None),
+        (HOURS, "两点", "两点"),
+        (HOURS, "2点", "两点"),
+        (HOURS, "二", "两点"),
+        (HOURS, "3:00", "三点"),
+        (HOURS, "十二点", "十二点"),
+        (["apple", "plum"], "最高的是Plum。", "plum"),
+        (["apple", "plum"], "pineapple", None),
+        (["K", "M"], "字母是K", "K"),
+        (["K", "M"], "OK", None),
+    ],
+)
+def test_numbers_labels_and_letters(pool: list[str], reply: str, answer: str | None) -> None:
+    assert chinese_replies.parse(reply, pool) == answer

@@ -220,6 +220,6 @@ def test_the_guide_shows_a_real_group_and_names_every_metric() -> None:
         assert line.endswith(f"| {doc['prompt'].splitlines()[0]} |")
         assert {"scene": "the scene", "none": "none", "blank": "plain gray"}[doc["image"]] in line
     named = set(re.findall(r"`(\w+)`", guide))
-    families = {f"{name}_{family}" for name in ("clean_acc", "valid") for family in scenes.CORE_FAMILIES}
     for probe in metrics.PROBES.values():
+        families = {f"{name}_{family}" for name in ("clean_acc", "valid") for family in probe.families}
         assert {*probe.intervals, *probe.facts, metrics.NOT_VALID_FOR} - families <= named

@@ -196,7 +196,7 @@ def test_pairs_are_right_of_one_picture_only() -> None:
 
 
 def test_held_out_pictures_are_held_out() -> None:
-    for probe in probes.NAMES:
+    for probe in set(probes.NAMES) - {probes.RICH}:  # the bundled model is not trained on those at all
         for doc in documents.build_documents(20, space="heldout", probe=probe):
             if doc["image"] in ("scene", "shuffled"):
                 things = {(thing["color"], thing["shape"]) for thing in json.loads(doc["spec"])["objects"]}
