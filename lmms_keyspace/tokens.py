@@ -15,30 +15,24 @@ Attention sinks are not labeled here: which tokens they are depends on the layer
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lmms_keyspace.boilerplate import MIN_CLUSTERS, TEXT_SEGMENTS, EncodedPrompts, Fixed, find_fixed, mark_fixed
 from lmms_keyspace.errors import InputError
+from lmms_keyspace.image_tokens import ImageRun, common, gaps, image_places, image_runs, run_starts
 from lmms_keyspace.records import BOILERPLATE, BOS, MODALITIES, SEGMENTS, SPECIAL, TEXT, VISUAL
 
-# Share of documents at which a repeated token is boilerplate.
-BOILERPLATE_SHARE = 0.9
-# With fewer clusters than this behind an anchor, words of the documents repeat by chance: nothing is searched.
-MIN_CLUSTERS = 8
-# Images that serve as anchors, counted from the prompt's start (the last image always does).
-MAX_IMAGE_ANCHORS = 8
-# Segments that a task may declare; the others are found here.
-TEXT_SEGMENTS = ("hint", "question", "options")
 _DEFAULT_SEGMENT = "question"
-_WIDTH = f"<U{max(map(len, SEGMENTS))}"
 _CODE = {name: code for code, name in enumerate(MODALITIES)}
 _IMAGE_SEGMENT, _SPECIAL_SEGMENT = SEGMENTS.index("image"), SEGMENTS.index("special")
-
-_Anchor = tuple[str, int, bool]  # name, number, forward
+_UNKNOWN, _OUTSIDE, _INSIDE = range(3)  # where a letter is with regard to the user's words
+_WHITE_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # none beyond
 
 
 @dataclass(frozen=True)
@@ -105,57 +99,6 @@ class TokenLabels:
         return {name: count for name, count in zip(MODALITIES, counts, strict=True) if count}
 
 
-@dataclass(frozen=True, eq=False)
-class _Encoded:
-    """A tokenized prompt with every run of image placeholders collapsed to one token; arrays are `[n]`."""
-
-    ids: np.ndarray
-    placeholders: np.ndarray  # images in the run, 0 for other tokens
-    special: np.ndarray
-    template: np.ndarray  # outside the user's words
-    segment: np.ndarray  # declared segment, empty where none
-
-    @property
-    def free(self) -> np.ndarray:
-        """Tokens that are text unless they are boilerplate."""
-        return np.asarray(~(self.special | self.template | (self.placeholders > 0)))
-
-
-class _Majority:
-    """The id that may hold the majority at each offset (Boyer and Moore's vote, weighted), and its true share."""
-
-    def __init__(self) -> None:
-        self.ids = np.empty(0, np.int64)
-        self._vote = np.empty(0)
-        self._hits = np.empty(0)
-        self._total = 0.0
-        self._clusters: set[str] = set()
-
-    def vote(self, ids: np.ndarray, weight: float, cluster: str) -> None:
-        grow = max(0, ids.size - self.ids.size)
-        self.ids = np.pad(self.ids, (0, grow), constant_values=-1)
-        self._vote = np.pad(self._vote, (0, grow))
-        held, lead = self.ids[: ids.size], self._vote[: ids.size]
-        lead += np.where(held == ids, weight, -weight)
-        lost = lead < 0
-        held[lost] = ids[lost]
-        np.abs(lead, out=lead)
-        self._total += weight
-        self._clusters.add(cluster)
-
-    def count(self, ids: np.ndarray, weight: float) -> None:
-        self._hits = np.pad(self._hits, (0, self.ids.size - self._hits.size))
-        self._hits[: ids.size] += weight * (self.ids[: ids.size] == ids)
-
-    def fixed_ids(self) -> np.ndarray:
-        """The boilerplate id at each offset, -1 where there is none."""
-        # The margin keeps a share of exactly 90 % independent of the order of summation.
-        fixed = self._hits >= (BOILERPLATE_SHARE - 1e-9) * self._total
-        if len(self._clusters) < MIN_CLUSTERS:
-            fixed[:] = False
-        return np.where(fixed, self.ids, -1)
-
-
 class Labeler:
     """Labels the tokens of prompts, knowing all prompts of their tasks.
 
@@ -188,7 +131,7 @@ class Labeler:
         added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = np.array(sorted((added | set(tokenizer.all_special_ids)) - {image_token_id}), np.int64)
         self._is_word = {index: False for index in tokenizer.added_tokens_decoder}
-        self._fixed: dict[str, dict[_Anchor, np.ndarray]] = {}
+        self._fitted: dict[str, _Fitted] = {}
         self.notes: dict[str, str] = {}
         """Per task, what a reader of its divergence must know of the labels; tasks without a remark are absent."""
 
@@ -222,21 +165,38 @@ class Labeler:
             InputError: the ids are not those of the prompt's text, the task was not fitted, or the grids do not
                 account for the image tokens; names the task and the document.
         """
-        if prompt.task not in self._fixed:
+        if prompt.task not in self._fitted:
             raise InputError("task", prompt.task, "its prompts were not fitted; pass them to Labeler.fit first")
         input_ids = np.asarray(input_ids, dtype=np.int64)
-        encoded = self._encode(prompt)
-        source, images = self._aligned(prompt, input_ids, encoded)
-        modality, segment = (values[source] for values in self._collapsed_labels(prompt.task, encoded))
+        tokens = self._fitted[prompt.task].find(prompt) or self._fit_one(prompt)
+        source, images = self._copied(input_ids, tokens) or self._aligned(prompt, input_ids, tokens)
+        modality, segment = tokens.modality[source], tokens.segment[source]
         added = source < 0  # by the processor, with the image
         modality[added], segment[added] = _CODE[SPECIAL], _SPECIAL_SEGMENT
         modality[input_ids == self._tokenizer.bos_token_id] = _CODE[BOS]
         for run in images:
             modality[run.columns], segment[run.columns] = _CODE[VISUAL], _IMAGE_SEGMENT
-        image_index, grid_row, grid_column = _image_places(prompt, input_ids.size, images, image_grids)
-        return TokenLabels(modality, segment, image_index, grid_row, grid_column)
+        places = image_places(_name(prompt), input_ids.size, images, image_grids)
+        return TokenLabels(modality, segment, *places)
 
-    def _aligned(self, prompt: Prompt, ids: np.ndarray, encoded: _Encoded) -> tuple[np.ndarray, list[_ImageRun]]:
+    def _copied(self, ids: np.ndarray, tokens: _Tokens) -> tuple[np.ndarray, list[ImageRun]] | None:
+        """As `_aligned` where the processor only repeated image tokens; None where it did more."""
+        image = ids == self._image_token_id
+        starts = run_starts(image)
+        placeholder = tokens.placeholders > 0
+        if starts.size != placeholder.size or not np.array_equal(image[starts], placeholder):
+            return None
+        if (ids[starts] != tokens.ids)[~placeholder].any():
+            return None
+        ends = np.append(starts[1:], ids.size)
+        runs, first = [], 0
+        for place in np.flatnonzero(placeholder).tolist():
+            images = int(tokens.placeholders[place])
+            runs.append(ImageRun(np.arange(starts[place], ends[place]), first, images))
+            first += images
+        return np.repeat(np.arange(starts.size), ends - starts), runs
+
+    def _aligned(self, prompt: Prompt, ids: np.ndarray, encoded: _Tokens) -> tuple[np.ndarray, list[ImageRun]]:
         """Per token of the model's input the token of the text that it is, -1 where the processor added it; and the
         image tokens.
 
@@ -250,9 +210,9 @@ class Labeler:
             raise _other_tokens(prompt, ids[model_words], encoded.ids[text_words])
         source = np.full(ids.size, -1)
         source[model_words] = text_words
-        runs: list[_ImageRun] = []
+        runs: list[ImageRun] = []
         n_images = 0
-        for begin, end, text_begin, text_end in _gaps(model_words, ids.size, text_words, encoded.ids.size):
+        for begin, end, text_begin, text_end in gaps(model_words, ids.size, text_words, encoded.ids.size):
             inside, text = ids[begin:end], encoded.ids[text_begin:text_end]
             shown = encoded.placeholders[text_begin:text_end]
             columns = np.flatnonzero(image[begin:end])
@@ -265,12 +225,12 @@ class Labeler:
                 source[begin:end] = np.arange(text_begin, text_end)
                 continue
             places = np.flatnonzero(shown)
-            head = _common(inside[: columns[0]], text[: places[0]] if places.size else text)
+            head = common(inside[: columns[0]], text[: places[0]] if places.size else text)
             rest = text[places[-1] + 1 :] if places.size else text[head:]
-            tail = _common(inside[columns[-1] + 1 :][::-1], rest[::-1])
+            tail = common(inside[columns[-1] + 1 :][::-1], rest[::-1])
             source[begin : begin + head] = text_begin + np.arange(head)
             source[end - tail : end] = text_end - tail + np.arange(tail)
-            runs.extend(_image_runs(begin + columns, n_images, count, shown[places]))
+            runs.extend(image_runs(begin + columns, n_images, count, shown[places]))
             n_images += count
         return source, runs
 
@@ -282,103 +242,103 @@ class Labeler:
         return np.array([known[index] for index in ids.tolist()], bool)
 
     def _fit_task(self, task: str, prompts: Sequence[Prompt]) -> None:
-        encoded = [self._encode(prompt) for prompt in prompts]
-        sizes = Counter(prompt.cluster for prompt in prompts)
-        votes: dict[_Anchor, _Majority] = defaultdict(_Majority)
-        for prompt, tokens in zip(prompts, encoded, strict=True):
-            for anchor, ids in _from_anchors(tokens):
-                votes[anchor].vote(ids, 1 / sizes[prompt.cluster], prompt.cluster)
-        for prompt, tokens in zip(prompts, encoded, strict=True):
-            for anchor, ids in _from_anchors(tokens):
-                votes[anchor].count(ids, 1 / sizes[prompt.cluster])
-        fixed = {anchor: majority.fixed_ids() for anchor, majority in votes.items()}
+        encoded = self._encode(prompts)
+        clusters = [prompt.cluster for prompt in prompts]
+        fixed = find_fixed(encoded, clusters)
         remarks = []
-        if not any(tokens.free.any() for tokens in encoded):
+        if not encoded.free.any():
             remarks.append("no prompt has a text token: image cannot be compared with text")
-        elif len(sizes) < MIN_CLUSTERS:
+        elif len(set(clusters)) < MIN_CLUSTERS:
             remarks.append(
-                f"only {len(sizes)} clusters of documents, fewer than {MIN_CLUSTERS}: fixed instructions could not be "
-                "told from the documents' words and count as text"
+                f"only {len(set(clusters))} clusters of documents, fewer than {MIN_CLUSTERS}: fixed instructions could "
+                "not be told from the documents' words and count as text"
             )
-        elif not any((tokens.free & ~_is_fixed(tokens, fixed)).any() for tokens in encoded):
+        elif not (encoded.free & ~mark_fixed(encoded, fixed)).any():
             fixed = {}
             remarks.append("the words are the same in every document: they count as text")
         astray = sum(_content_spans(prompt) is None for prompt in prompts)
         if astray:
             remarks.append(f"the user's words were not found in {astray} prompts: their chat template counts as text")
-        self._fixed[task] = fixed
+        self._fitted[task] = _Fitted(prompts, encoded, fixed)
         self.notes.pop(task, None)
         if remarks:
             self.notes[task] = "; ".join(remarks)
 
-    def _encode(self, prompt: Prompt) -> _Encoded:
+    def _fit_one(self, prompt: Prompt) -> _Tokens:
+        """Tokens of a prompt that was not among those fitted."""
+        fitted = _Fitted([prompt], self._encode([prompt]), self._fitted[prompt.task].fixed)
+        return fitted.tokens(0)
+
+    def _encode(self, prompts: Sequence[Prompt]) -> EncodedPrompts:
+        texts = [prompt.text for prompt in prompts]
         encoding = self._tokenizer(
-            prompt.text, add_special_tokens=self._add_special_tokens, return_offsets_mapping=True, truncation=False
+            texts, add_special_tokens=self._add_special_tokens, return_offsets_mapping=True, truncation=False
         )
-        ids = np.array(encoding["input_ids"], np.int64)
-        offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
-        starts = _run_starts(ids == self._placeholder_id)
+        sizes = np.array([len(ids) for ids in encoding["input_ids"]])
+        ids = np.fromiter(chain.from_iterable(encoding["input_ids"]), np.int64, sizes.sum())
+        flat = chain.from_iterable(chain.from_iterable(encoding["offset_mapping"]))
+        offsets = np.fromiter(flat, np.int64, 2 * ids.size).reshape(-1, 2)
+        begins = np.cumsum([0, *map(len, texts)])  # of each text in all of them
+        owners = np.repeat(np.arange(len(texts)), sizes)
+        starts = run_starts(ids == self._placeholder_id, owners)
         placeholders = np.diff(np.append(starts, ids.size)) * (ids[starts] == self._placeholder_id)
-        if prompt.image_shas and len(prompt.image_shas) != placeholders.sum():
-            raise InputError(
-                "image_shas",
-                _name(prompt),
-                f"{len(prompt.image_shas)} images were named and the text has {placeholders.sum()} placeholders",
-            )
-        ids, offsets = ids[starts], offsets[starts]
-        words = _first_letters(prompt.text, offsets)
-        segment = np.full(ids.size, "", _WIDTH)
-        for name, (start, end) in _segment_spans(prompt).items():
-            segment[(words >= start) & (words < end)] = name
-        content = _content_spans(prompt)
-        template = np.zeros(ids.size, bool)
-        if content:
-            template[:] = segment == ""
-            for start, end in content:
-                template[(words >= start) & (words < end)] = False
+        ids, offsets, owners = ids[starts], offsets[starts], owners[starts]
+        shown = np.bincount(owners, placeholders, minlength=len(prompts))
+        for prompt, count in zip(prompts, shown.tolist(), strict=True):
+            if prompt.image_shas and len(prompt.image_shas) != count:
+                raise InputError(
+                    "image_shas",
+                    _name(prompt),
+                    f"{len(prompt.image_shas)} images were named and the text has {count:.0f} placeholders",
+                )
+        segments, contents = _painted(prompts, begins)
+        letters = _first_letters("".join(texts), offsets + begins[owners][:, None])
+        segment = segments[letters]
+        template = (contents[letters] == _OUTSIDE) & (segment < 0)
         special = np.isin(ids, self._special_ids) | (offsets[:, 0] == offsets[:, 1])
-        return _Encoded(ids, placeholders, special, template, segment)
-
-    def _collapsed_labels(self, task: str, encoded: _Encoded) -> tuple[np.ndarray, np.ndarray]:
-        boilerplate = encoded.template | _is_fixed(encoded, self._fixed[task])
-        undeclared = encoded.segment == ""
-        segment = np.array([SEGMENTS.index(name or _DEFAULT_SEGMENT) for name in encoded.segment], np.int8)
-        modality = np.where(boilerplate, _CODE[BOILERPLATE], _CODE[TEXT]).astype(np.int8)
-        segment[boilerplate & undeclared] = SEGMENTS.index("boilerplate")
-        modality[encoded.special], segment[encoded.special] = _CODE[SPECIAL], _SPECIAL_SEGMENT
-        return modality, segment
+        bounds = np.append(0, np.cumsum(np.bincount(owners, minlength=len(prompts))))
+        return EncodedPrompts(bounds, ids, placeholders, special, template, segment)
 
 
-class _ImageRun(NamedTuple):
-    """Image tokens that belong together: `images` images from number `first` on."""
+class _Tokens(NamedTuple):
+    """Of one prompt's text; every array is `[n]`."""
 
-    columns: np.ndarray
-    first: int
-    images: int
-
-
-def _gaps(words: np.ndarray, size: int, text_words: np.ndarray, text_size: int) -> Iterator[tuple[int, int, int, int]]:
-    """Where there is something between two words or at an end: begin and end in the model's input and in the text."""
-    edges = np.concatenate([[-1], words, [size]])
-    text_edges = np.concatenate([[-1], text_words, [text_size]])
-    for gap in np.flatnonzero((np.diff(edges) > 1) | (np.diff(text_edges) > 1)):
-        yield edges[gap] + 1, edges[gap + 1], text_edges[gap] + 1, text_edges[gap + 1]
+    ids: np.ndarray
+    placeholders: np.ndarray
+    modality: np.ndarray
+    segment: np.ndarray
 
 
-def _common(left: np.ndarray, right: np.ndarray) -> int:
-    """Length of the common beginning."""
-    size = min(left.size, right.size)
-    return int(np.append(np.flatnonzero(left[:size] != right[:size]), size)[0])
+class _Fitted:
+    """A task's prompts with their labels, before the processor puts the images in."""
 
+    def __init__(self, prompts: Sequence[Prompt], encoded: EncodedPrompts, fixed: Fixed) -> None:
+        self.fixed = fixed
+        self._places = {prompt.doc_id: (place, prompt) for place, prompt in enumerate(prompts)}
+        self._encoded = encoded
+        boilerplate = encoded.template | mark_fixed(encoded, fixed)
+        undeclared = np.where(boilerplate, SEGMENTS.index("boilerplate"), SEGMENTS.index(_DEFAULT_SEGMENT))
+        self._segment = np.where(encoded.segment < 0, undeclared, encoded.segment).astype(np.int8)
+        self._modality = np.where(boilerplate, _CODE[BOILERPLATE], _CODE[TEXT]).astype(np.int8)
+        self._modality[encoded.special], self._segment[encoded.special] = _CODE[SPECIAL], _SPECIAL_SEGMENT
 
-def _image_runs(columns: np.ndarray, first: int, count: int, placeholders: np.ndarray) -> list[_ImageRun]:
-    """Split the image tokens between two words by image where their runs tell, else keep them together."""
-    runs = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1)
-    counts = placeholders if len(runs) == placeholders.size else np.ones(count, np.int64)
-    if len(runs) != len(counts):
-        return [_ImageRun(columns, first, count)]
-    starts = first + np.cumsum(counts) - counts
-    return [_ImageRun(*run) for run in zip(runs, starts.tolist(), counts.tolist(), strict=True)]
+    def find(self, prompt: Prompt) -> _Tokens | None:
+        """Tokens of a prompt if it is one of these."""
+        place, known = self._places.get(prompt.doc_id, (0, None))
+        if known is None or (known.text, known.segments, known.content) != (
+            prompt.text,
+            prompt.segments,
+            prompt.content,
+        ):
+            return None
+        return self.tokens(place)
+
+    def tokens(self, place: int) -> _Tokens:
+        """Tokens of the prompt at a place."""
+        span = self._encoded.span(place)
+        return _Tokens(
+            self._encoded.ids[span], self._encoded.placeholders[span], self._modality[span], self._segment[span]
+        )
 
 
 def _other_tokens(prompt: Prompt, ids: np.ndarray, expected: np.ndarray) -> InputError:
@@ -394,22 +354,34 @@ def _name(prompt: Prompt) -> str:
     return f"{prompt.task} document {prompt.doc_id}"
 
 
-def _run_starts(is_image: np.ndarray) -> np.ndarray:
-    """Indices that remain when each run of image tokens is collapsed to its first one."""
-    inside = np.zeros(is_image.size, bool)
-    inside[1:] = is_image[1:] & is_image[:-1]
-    return np.flatnonzero(~inside)
+def _painted(prompts: Sequence[Prompt], begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per letter of all texts together: its segment, -1 for none, and whether it is outside the user's words.
+
+    Args:
+        begins: where each text begins, and the end of the last.
+    """
+    segments = np.full(begins[-1] + 1, -1, np.int8)
+    contents = np.full(begins[-1] + 1, _UNKNOWN, np.int8)
+    for prompt, begin, end in zip(prompts, begins[:-1].tolist(), begins[1:].tolist(), strict=True):
+        for name, (start, stop) in _segment_spans(prompt).items():
+            segments[begin + start : begin + stop] = SEGMENTS.index(name)
+        content = _content_spans(prompt)
+        if content:
+            contents[begin:end] = _OUTSIDE
+            for start, stop in content:
+                contents[begin + start : begin + stop] = _INSIDE
+    return segments, contents
 
 
 def _first_letters(text: str, offsets: np.ndarray) -> np.ndarray:
-    """The character that decides where a token belongs: its first that is no white space, else its first."""
-    following = np.arange(len(text) + 1)
-    blank = np.array([letter.isspace() for letter in text] + [False])
-    following[blank] = len(text)
+    """The letter that decides where a token belongs: its first that is no white space, else its first."""
+    letters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    following = np.arange(letters.size + 1)
+    following[:-1][_WHITE_SPACE[np.minimum(letters, _WHITE_SPACE.size - 1)]] = letters.size
     following = np.minimum.accumulate(following[::-1])[::-1]
     starts, ends = offsets[:, 0], offsets[:, 1]
-    letters = following[starts]
-    return np.where(letters < ends, letters, starts)
+    first = following[starts]
+    return np.where(first < ends, first, starts)
 
 
 def _segment_spans(prompt: Prompt) -> dict[str, tuple[int, int]]:
@@ -445,62 +417,3 @@ def _content_spans(prompt: Prompt) -> list[tuple[int, int]] | None:
         position = start + len(words)
         spans.append((start, position))
     return spans
-
-
-def _anchor_positions(encoded: _Encoded) -> Iterator[tuple[str, int, int]]:
-    """Name, number and token index of each anchor."""
-    yield "prompt", 0, 0
-    yield "prompt", 1, encoded.ids.size
-    images = np.flatnonzero(encoded.placeholders)
-    for number, position in enumerate(images[:MAX_IMAGE_ANCHORS]):
-        yield "image", number, position
-    if images.size:
-        yield "image", -1, images[-1]
-    for name in TEXT_SEGMENTS:
-        inside = np.flatnonzero(encoded.segment == name)
-        if inside.size:
-            yield name, 0, inside[0]
-            yield name, 1, inside[-1] + 1
-
-
-def _from_anchors(encoded: _Encoded) -> Iterator[tuple[_Anchor, np.ndarray]]:
-    """Token ids from each anchor to the end, and from each anchor back to the start."""
-    for name, number, position in _anchor_positions(encoded):
-        yield (name, number, True), encoded.ids[position:]
-        yield (name, number, False), encoded.ids[:position][::-1]
-
-
-def _is_fixed(encoded: _Encoded, fixed: Mapping[_Anchor, np.ndarray]) -> np.ndarray:
-    found = np.zeros(encoded.ids.size, bool)
-    for name, number, position in _anchor_positions(encoded):
-        for forward, ids, flags in (
-            (True, encoded.ids[position:], found[position:]),
-            (False, encoded.ids[:position][::-1], found[:position][::-1]),
-        ):
-            known = fixed.get((name, number, forward), ids[:0])[: ids.size]
-            flags[: known.size] |= known == ids[: known.size]
-    return found
-
-
-def _image_places(
-    prompt: Prompt, size: int, runs: Sequence[_ImageRun], grids: Sequence[tuple[int, int]] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image index, grid row and grid column of each of the T tokens; -1 where there is none."""
-    images = sum(run.images for run in runs)
-    if grids is not None and len(grids) != images:
-        raise InputError("image_grids", _name(prompt), f"{len(grids)} grids for {images} images; give one per image")
-    index, row, column = (np.full(size, -1, np.int32) for _ in range(3))
-    for columns, first, count in runs:
-        index[columns] = first
-        if grids is None:
-            continue
-        shapes = grids[first : first + count]
-        areas = [rows * width for rows, width in shapes]
-        if sum(areas) != columns.size:
-            raise InputError(
-                "image_grids", _name(prompt), f"grids {list(shapes)} do not make the {columns.size} image tokens"
-            )
-        index[columns] = np.repeat(np.arange(first, first + count), areas)
-        row[columns] = np.concatenate([np.repeat(np.arange(rows), width) for rows, width in shapes])
-        column[columns] = np.concatenate([np.tile(np.arange(width), rows) for rows, width in shapes])
-    return index, row, column
