@@ -12,7 +12,7 @@ from lmms_keyspace import stats
 from lmms_keyspace.outcomes import METRICS, Metric, measure
 from lmms_keyspace.records import NOT_INTERPRETABLE
 from lmms_keyspace.reports.load import Run
-from lmms_keyspace.reports.rows import N_RESAMPLES, SCORE, SHARE, Row, change, extended, interval, noted, paired
+from lmms_keyspace.reports.rows import N_RESAMPLES, SCORE, SHARE, Row, change, extended, interval, noted, paired_series
 
 # The metrics a comparison tests. The others of the probe say the same in other words, and each test costs power.
 COMPARED = (
@@ -74,34 +74,62 @@ def stock_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
     """The metrics that lmms-eval itself reports, for tasks that are not probes."""
     if any(task in run.probes for run in runs):
         return
-    first: dict[str, pd.DataFrame] = {}
+    first: dict[str, pd.Series] = {}
     values_of: dict[str, list[float]] = {}
     for run in runs:
-        for metric, value in _aggregates(run.loaded.results["results"][task]).items():
+        for metric, value in _aggregates(run, task).items():
             values_of.setdefault(metric, []).append(value)
     for run in runs:
         record = run.task_record(task)
         note = "" if record is None or record.interpretable else NOT_INTERPRETABLE
-        samples = run.loaded.samples.get(task, pd.DataFrame())
-        for metric, value in _aggregates(run.loaded.results["results"][task]).items():
+        documents = len(run.loaded.samples.get(task, ()))
+        logged = logged_scores(run, task)
+        for metric, value in _aggregates(run, task).items():
             unit = SHARE if all(0 <= other <= 1 for other in values_of[metric]) else SCORE
-            direction = 1 if run.loaded.results.get("higher_is_better", {}).get(task, {}).get(metric, True) else -1
-            row = Row(task, metric, metric, unit, direction, run.label, len(samples), value, note=note)
-            if metric not in samples or not pd.api.types.is_numeric_dtype(samples[metric]):
+            row = Row(
+                task, metric, metric, unit, direction_of(run, task, metric), run.label, documents, value, note=note
+            )
+            if metric not in logged:
                 yield noted(row, "no score by document was logged, so no interval")
                 continue
-            scores = samples.dropna(subset=[metric])
-            row = extended(row, interval, scores[metric], scores["doc_id"])
+            scores, _ = logged[metric]
+            if len(scores) < documents:
+                row = noted(row, _without_score(run, task, metric))
+            row = extended(row, interval, scores, pd.Series(scores.index))
             if metric in first:
-                row = extended(row, paired, first[metric], scores, metric, "doc_id")
+                row = extended(row, paired_series, first[metric], scores)
             yield row
             first.setdefault(metric, scores)
 
 
-def _aggregates(results: dict[str, object]) -> dict[str, float]:
+def logged_scores(run: Run, task: str) -> dict[str, tuple[pd.Series, int]]:
+    """Scores by document of the metrics that lmms-eval aggregated, each with its direction; without missing ones."""
+    samples = run.loaded.samples.get(task, pd.DataFrame())
+    return {
+        metric: (
+            pd.Series(samples[metric].to_numpy(dtype=float), index=samples["doc_id"].astype(str)).dropna(),
+            direction_of(run, task, metric),
+        )
+        for metric in _aggregates(run, task)
+        if metric in samples and pd.api.types.is_numeric_dtype(samples[metric])
+    }
+
+
+def direction_of(run: Run, task: str, metric: str) -> int:
+    """+1 where lmms-eval says that higher is better or nothing, -1 where lower is."""
+    return 1 if run.loaded.results.get("higher_is_better", {}).get(task, {}).get(metric, True) else -1
+
+
+def _without_score(run: Run, task: str, metric: str) -> str:
+    missing = run.loaded.samples[task][metric].isna().to_numpy()
+    name = run.loaded.files.samples[task].name
+    return f"{missing.sum()} documents have no number, the first in {name}, line {missing.argmax() + 1}"
+
+
+def _aggregates(run: Run, task: str) -> dict[str, float]:
     """`{"acc,none": 0.5, "acc_stderr,none": ...}` -> `{"acc": 0.5}`."""
     return {
         name.split(",")[0]: float(value)
-        for name, value in results.items()
-        if isinstance(value, (int, float)) and "," in name and "_stderr" not in name
+        for name, value in run.loaded.results["results"][task].items()
+        if isinstance(value, int | float) and "," in name and "_stderr" not in name
     }

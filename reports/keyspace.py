@@ -26,7 +26,7 @@ from lmms_keyspace.reports.load import Run
 from lmms_keyspace.reports.rows import MMD2, NAN, NATS, SHARE, Row, extended, interval, noted, paired
 
 KEY_SPACE = "k_pre"
-LAYER_BANDS = ("early", "middle", "late")
+ALL_LAYERS, *LAYER_BANDS = ("all", "early", "middle", "late")
 
 
 def attention_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
@@ -36,11 +36,8 @@ def attention_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
     if not captured:
         return
     layers = sorted(set.intersection(*(set(mass["layer"]) for _, mass in captured)))
-    bands = {"all": layers}
-    if len(layers) >= len(LAYER_BANDS):
-        bands |= dict(zip(LAYER_BANDS, (list(part) for part in np.array_split(layers, len(LAYER_BANDS))), strict=True))
-    for band, members in bands.items():
-        label = "Attention to image" + ("" if band == "all" else f", {band} layers")
+    for band, members in layer_bands(layers).items():
+        label = "Attention to image" + _of_band(band)
         base: pd.DataFrame | None = None
         for run, mass in captured:
             chosen = mass[mass["layer"].isin(members)]
@@ -51,6 +48,28 @@ def attention_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
             row = extended(row, interval, rows["mass_image"], rows["cluster"])
             yield row if base is None else extended(row, paired, base, rows, "mass_image", "cluster")
             base = rows if base is None else base
+
+
+def layer_bands(layers: Sequence[int]) -> dict[str, list[int]]:
+    """All layers, and thirds of the depth where there are three layers or more."""
+    bands = {ALL_LAYERS: list(layers)}
+    if len(layers) >= len(LAYER_BANDS):
+        bands |= dict(zip(LAYER_BANDS, (list(part) for part in np.array_split(layers, len(LAYER_BANDS))), strict=True))
+    return bands
+
+
+def image_mass_by_cluster(data: RunData, task: str) -> dict[str, pd.Series]:
+    """Attention mass on image tokens, mean by cluster, under the names of `attention_rows`."""
+    mass = image_mass(data, task)
+    bands = layer_bands(sorted(set(mass["layer"]))) if len(mass) else {}
+    return {
+        f"image_mass_{band}": mass[mass["layer"].isin(members)].groupby("cluster")["mass_image"].mean()
+        for band, members in bands.items()
+    }
+
+
+def _of_band(band: str) -> str:
+    return "" if band == ALL_LAYERS else f", {band} layers"
 
 
 def image_mass(data: RunData, task: str) -> pd.DataFrame:
@@ -84,7 +103,7 @@ def mmd2_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
         assert run.loaded.data is not None
         sums = _mean_over_layers(run.loaded.data, task, shared)
         value = float(stats.mmd2_from_sums(sums))
-        row = Row(task, "mmd2", "MMD^2 of keys", MMD2, 0, run.label, len(sums.clusters), value)
+        row = Row(task, "mmd2", "MMD² of keys", MMD2, 0, run.label, len(sums.clusters), value)
         row = extended(row, _jackknife, sums)
         if first is None:
             yield row

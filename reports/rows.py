@@ -59,6 +59,15 @@ def paired(base: pd.DataFrame, run: pd.DataFrame, column: str, cluster: str) -> 
     )
 
 
+def paired_series(base: pd.Series, run: pd.Series) -> dict[str, Any]:
+    """The change of a mean over the items that both indices have."""
+    return change(
+        stats.paired_cluster_difference(
+            base.to_numpy(), run.to_numpy(), list(base.index), list(run.index), n_resamples=N_RESAMPLES
+        )
+    )
+
+
 def change(result: stats.Estimate) -> dict[str, Any]:
     """An estimate of a difference under the names of `Row`."""
     return {

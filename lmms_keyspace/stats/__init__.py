@@ -14,7 +14,8 @@ from lmms_keyspace.stats.mmd2 import (
     mmd2_jackknife,
     paired_mmd2_difference,
 )
-from lmms_keyspace.stats.multiplicity import holm, max_t
+from lmms_keyspace.stats.multiplicity import holm, holm_levels, max_t
+from lmms_keyspace.stats.noninferiority import ROUNDING, Bound, OrientedChange, oriented_change
 from lmms_keyspace.stats.permutation import label_flips, mmd2_permuted, permutation_test
 from lmms_keyspace.stats.power import mde_from_se, mde_paired
 from lmms_keyspace.stats.rates import matched_pairs, mcnemar_exact, wilson
@@ -26,9 +27,12 @@ __all__ = [
     "MIN_CLUSTERS",
     "MIN_REGRESSION_CLUSTERS",
     "MIN_SPLIT_CLUSTERS",
+    "ROUNDING",
     "ArrayInterval",
+    "Bound",
     "Estimate",
     "Interval",
+    "OrientedChange",
     "PairedMMD2",
     "PermutationTest",
     "Slopes",
@@ -38,6 +42,7 @@ __all__ = [
     "first_half",
     "hash_ranks",
     "holm",
+    "holm_levels",
     "label_flips",
     "matched_pairs",
     "max_t",
@@ -49,6 +54,7 @@ __all__ = [
     "mmd2_from_sums",
     "mmd2_jackknife",
     "mmd2_permuted",
+    "oriented_change",
     "paired_cluster_difference",
     "paired_mmd2_difference",
     "permutation_test",
