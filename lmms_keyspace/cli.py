@@ -82,47 +82,6 @@ def _exit_if_left_out(reasons: Sequence[str]) -> None:
 
 
 @app.command()
-def gate(
-    baseline: Annotated[
-        Path | None, typer.Option("--baseline", help="Run folder, or a baseline file that --freeze wrote.")
-    ] = None,
-    candidate: Annotated[Path | None, typer.Option("--candidate", help="Run folder to judge.")] = None,
-    policy: Annotated[
-        str, typer.Option("--policy", help="TOML file, or the name of a policy of the package.")
-    ] = "visual-reliance",
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for gate.md, gate.json and gate.xml.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
-    junit: Annotated[Path | None, typer.Option("--junit", help="JUnit XML file to write.")] = None,
-    summary: Annotated[Path | None, typer.Option("--summary", help="Markdown file to append to.")] = None,
-    freeze: Annotated[Path | None, typer.Option("--freeze", help="Write this run as a baseline file to --out.")] = None,
-    allow_mismatch: AllowMismatch = False,
-) -> None:
-    """Is the candidate at least as good as the baseline? Exits 0 pass, 1 fail, 2 inconclusive, 3 refused input."""
-    from lmms_keyspace.reports.gate_command import freeze_run, run_gate
-
-    try:
-        if freeze is not None:
-            typer.echo(freeze_run(freeze, out, judging=baseline or candidate))
-            return
-        code = run_gate(
-            baseline,
-            candidate,
-            policy,
-            allow_mismatch=allow_mismatch,
-            out=out,
-            json=json,
-            junit=junit,
-            summary=summary,
-            console=Console(),
-        )
-    except InputError as error:
-        # Not 2: a caller who lets the inconclusive pass must not let a broken run pass.
-        print(f"lmms-keyspace: {error}", file=sys.stderr)
-        raise typer.Exit(3) from error
-    raise typer.Exit(code)
-
-
-@app.command()
 def rescore(
     run: Annotated[Path, typer.Argument(help="Run folder of lmms-eval, or one samples file.")],
     json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
@@ -137,6 +96,27 @@ def rescore(
         typer.echo(dumps({str(one.path): one.results() for one in found}, indent=2, allow_nan=False))
     else:
         typer.echo("\n\n".join("\n".join(one.lines()) for one in found))
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file of settings; without it the bundled model learns from scenes.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output-dir", help="Folder for the adapter.")] = None,
+    pretrained: Annotated[str | None, typer.Option("--pretrained", help="Model: folder or hub id.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting as name=value, e.g. loss.lambda_mmd=1; repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+) -> None:
+    """Train a MaLoRA or LoRA adapter, and follow divergence and text bias while it learns."""
+    from lmms_keyspace.training.config import read_config
+    from lmms_keyspace.training.run import train as train_adapter
+
+    given = {"output_dir": output_dir, "pretrained": pretrained}
+    flags = [f"{name}={value}" for name, value in given.items() if value is not None]
+    typer.echo(train_adapter(read_config(config, [*flags, *(settings or ())]), resume=resume))
 
 
 @app.command()

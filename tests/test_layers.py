@@ -43,6 +43,13 @@ def test_only_the_harness_module_and_the_doctor_touch_lmms_eval(path):
     assert names == [] or path.name in ("harness.py", "doctor.py")
 
 
+def test_training_stands_above_the_method():
+    names = {path: [name for name, _ in imported(path.read_text())] for path in LIBRARY}
+    users = {path for path, found in names.items() if any(name.startswith("lmms_keyspace.training") for name in found)}
+    above = {path.relative_to(ROOT / "lmms_keyspace").parts[0] for path in users}
+    assert above <= {"training", "embedded", "cli.py"}  # the builder of the bundled adapters trains like everybody
+
+
 def test_these_tests_can_fail():
     assert plug_imports("def f():\n    from lmms_keyspace import reports") == ["lmms_keyspace.reports"]
     assert plug_imports("import lmms_keyspace.tasks.metrics", lazily_allowed=True) == ["lmms_keyspace.tasks.metrics"]
