@@ -82,6 +82,47 @@ def _exit_if_left_out(reasons: Sequence[str]) -> None:
 
 
 @app.command()
+def gate(
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", help="Run folder, or a baseline file that --freeze wrote.")
+    ] = None,
+    candidate: Annotated[Path | None, typer.Option("--candidate", help="Run folder to judge.")] = None,
+    policy: Annotated[
+        str, typer.Option("--policy", help="TOML file, or the name of a policy of the package.")
+    ] = "visual-reliance",
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for gate.md, gate.json and gate.xml.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    junit: Annotated[Path | None, typer.Option("--junit", help="JUnit XML file to write.")] = None,
+    summary: Annotated[Path | None, typer.Option("--summary", help="Markdown file to append to.")] = None,
+    freeze: Annotated[Path | None, typer.Option("--freeze", help="Write this run as a baseline file to --out.")] = None,
+    allow_mismatch: AllowMismatch = False,
+) -> None:
+    """Is the candidate at least as good as the baseline? Exits 0 pass, 1 fail, 2 inconclusive, 3 refused input."""
+    from lmms_keyspace.reports.gate_command import freeze_run, run_gate
+
+    try:
+        if freeze is not None:
+            typer.echo(freeze_run(freeze, out, judging=baseline or candidate))
+            return
+        code = run_gate(
+            baseline,
+            candidate,
+            policy,
+            allow_mismatch=allow_mismatch,
+            out=out,
+            json=json,
+            junit=junit,
+            summary=summary,
+            console=Console(),
+        )
+    except InputError as error:
+        # Not 2: a caller who lets the inconclusive pass must not let a broken run pass.
+        print(f"lmms-keyspace: {error}", file=sys.stderr)
+        raise typer.Exit(3) from error
+    raise typer.Exit(code)
+
+
+@app.command()
 def rescore(
     run: Annotated[Path, typer.Argument(help="Run folder of lmms-eval, or one samples file.")],
     json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
