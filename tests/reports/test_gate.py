@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from fake_runs import BASE, MALORA, TASK
 from typer.testing import CliRunner
 
@@ -328,3 +331,13 @@ def test_several_runs_in_one_folder_are_refused(tmp_path):
     with pytest.raises(InputError, match="name the folder of one"):
         gate(tmp_path, tmp_path, FLIPS)
     assert TASK in load_items(tmp_path / "base").tasks
+
+
+def test_the_guide_and_its_workflow_are_true():
+    docs = _FILE.parents[1] / "docs"
+    (policy,) = re.findall(r"```toml\n(.*?)```", (docs / "gate.md").read_text(), re.DOTALL)
+    assert Policy.model_validate(tomllib.loads(policy)).min_groups == 50
+    workflow = yaml.safe_load((docs / "examples" / "visual-reliance.yml").read_text())
+    (call,) = (step["run"] for step in workflow["jobs"]["gate"]["steps"] if step.get("name") == "Gate")
+    options = CliRunner().invoke(app, ["gate", "--help"], env={"COLUMNS": "200"}).output
+    assert all(option in options for option in re.findall(r"--\w+", call))
