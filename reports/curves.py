@@ -16,8 +16,8 @@ from lmms_keyspace.reports.load import Run
 SEGMENTS_SHOWN = ("image", "hint", "question")
 
 
-def divergence_by_layer(runs: Sequence[Run], task: str) -> pd.DataFrame:
-    """Columns run, estimator, contrast, layer, value, ci_low, ci_high, at_ceiling, n_clusters; mean over KV heads."""
+def divergence_table(runs: Sequence[Run], task: str) -> pd.DataFrame:
+    """Columns run, estimator, contrast, layer, head, value, ci_low, ci_high, at_ceiling, n_clusters of the keys."""
     frames = []
     for run in runs:
         if run.loaded.data is None:
@@ -27,9 +27,9 @@ def divergence_by_layer(runs: Sequence[Run], task: str) -> pd.DataFrame:
             (table["task"] == task)
             & (table["condition"] == main_condition(run.loaded.data, task))
             & (table["space"] == KEY_SPACE)
-            & (table["head"] == ALL_HEADS)
+            & table["value"].notna()
         )
-        columns = ["estimator", "contrast", "layer", "value", "ci_low", "ci_high", "at_ceiling", "n_clusters"]
+        columns = ["estimator", "contrast", "layer", "head", "value", "ci_low", "ci_high", "at_ceiling", "n_clusters"]
         frames.append(table.loc[chosen, columns].assign(run=run.label))
     return _concatenated(frames, ["estimator", "contrast", "run", "layer"])
 

@@ -18,13 +18,18 @@ MIN_TOKENS = 10
 
 @dataclass(frozen=True)
 class Projection:
-    """Keys of one layer in the plane: `points` has columns x, y, modality; `explained` is the variance PCA keeps."""
+    """Keys of one layer in the plane.
+
+    `points` has the columns tsne1, tsne2, pc1, pc2, modality; `explained` is the share of variance that PCA keeps in
+    all its `dimensions`, `components` that of the first two.
+    """
 
     run: str
     layer: int
     points: pd.DataFrame
     dimensions: int
     explained: float
+    components: tuple[float, float]
 
 
 def saved_layers(run: Run, task: str) -> list[int]:
@@ -47,6 +52,7 @@ def project(run: Run, task: str, layer: int, *, seed: int = 0) -> Projection | N
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
     tokens = run.loaded.data.tokens
     kept = tokens[
@@ -64,6 +70,17 @@ def project(run: Run, task: str, layer: int, *, seed: int = 0) -> Projection | N
     pca = PCA(min(PCA_DIMENSIONS, *standardized.shape), svd_solver="full")
     reduced = pca.fit_transform(standardized)
     perplexity = min(30.0, (len(keys) - 1) / 3)
-    plane = TSNE(2, init="pca", perplexity=perplexity, random_state=seed).fit_transform(reduced)
-    points = pd.DataFrame({"x": plane[:, 0], "y": plane[:, 1], "modality": kept["modality"].to_numpy()})
-    return Projection(run.label, layer, points, reduced.shape[1], float(pca.explained_variance_ratio_.sum()))
+    with threadpool_limits(1):  # threads that wait for one another are slower than one, and may round differently
+        plane = TSNE(2, init="pca", perplexity=perplexity, random_state=seed).fit_transform(reduced)
+    points = pd.DataFrame(
+        {
+            "tsne1": plane[:, 0],
+            "tsne2": plane[:, 1],
+            "pc1": reduced[:, 0],
+            "pc2": reduced[:, 1],
+            "modality": kept["modality"].to_numpy(),
+        }
+    )
+    shares = pca.explained_variance_ratio_
+    first_two = float(shares[0]), float(shares[1])
+    return Projection(run.label, layer, points, reduced.shape[1], float(shares.sum()), first_two)

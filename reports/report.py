@@ -1,45 +1,84 @@
-"""`report`: everything that the runs say, as one page, as Markdown and as CSV."""
+"""`report`: everything that the runs say, as one page, as Markdown, as tables and as figures."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.reports.compare import compare
+from lmms_keyspace.reports.content import Report
 from lmms_keyspace.reports.load import Runs
-from lmms_keyspace.reports.page import Report, html, markdown
-from lmms_keyspace.reports.sections import section
+from lmms_keyspace.reports.markdown import markdown
+from lmms_keyspace.reports.page import html
+from lmms_keyspace.reports.sections import Panel, section
+from lmms_keyspace.reports.sections.key import key_panels
 from lmms_keyspace.reports.verdict import verdicts
 from lmms_keyspace.reports.wording import printed
 
 
-def write_report(runs: Runs, out: Path) -> list[Path]:
-    """Write `report.html`, `report.md` and the CSV tables behind them into `out`; returns the files, the page first.
+def write_report(runs: Runs, out: Path, *, figure_files: bool = True) -> list[Path]:
+    """Write the report into `out`; returns the files, the page first.
 
-    The first run is the base. Raises InputError for an `out` that is no folder; nothing is written then.
+    `report.html` and `report.md`; `comparison.json`; in `tables/` every frame as CSV and Parquet, unrounded; in
+    `figures/` every figure as SVG, PNG and PDF, unless `figure_files` is off: they take half the time. The first run
+    is the base. Raises InputError for an `out` that is no folder; nothing is written then.
     """
     if out.exists() and not out.is_dir():
         raise InputError("out", str(out), "name a folder: this is a file")
-    comparison = compare(runs)
-    sections = tuple(section([run for run in runs.runs if task in run.tasks], task) for task in runs.tasks)
-    report = Report(runs, comparison, tuple(verdicts(comparison.table)), sections)
-    tables = {"comparison": pd.concat([comparison.table, printed(comparison.table).add_prefix("printed ")], axis=1)}
-    for one in sections:
-        tables |= {f"{_file_name(one.name)}_{name}": frame for name, frame in one.frames.items()}
-    files = {"report.html": html(report), "report.md": markdown(report)}
-    files |= {f"{name}.csv": table.to_csv(index=False) for name, table in tables.items()}
-    out.mkdir(parents=True, exist_ok=True)
+    report = _assembled(runs)
+    texts = {
+        "report.html": html(report),
+        "report.md": markdown(report),
+        "comparison.json": report.comparison.to_json() + "\n",
+    }
+    for folder in ("tables", *(["figures"] if figure_files else [])):
+        (out / folder).mkdir(parents=True, exist_ok=True)
     written = []
-    for name, text in files.items():
-        path = out / name
+    for name, text in texts.items():
         # Answers of a model may hold lone surrogates, which UTF-8 cannot.
-        path.write_text(text, encoding="utf-8", errors="replace")
-        written.append(path)
+        (out / name).write_text(text, encoding="utf-8", errors="replace")
+        written.append(out / name)
+    for name, frame in _frames(report):
+        stem = out / "tables" / name
+        written += [stem.with_name(f"{name}.csv"), stem.with_name(f"{name}.parquet")]
+        frame.to_csv(written[-2], index=False)
+        frame.to_parquet(written[-1], index=False)
+    for name, panel in _panels(report) if figure_files else ():
+        written += panel.drawing.save(out / "figures" / name)
     return written
 
 
+def _assembled(runs: Runs) -> Report:
+    comparison = compare(runs)
+    tables = {task: rows for task, rows in comparison.table.groupby("task", sort=False)}
+    sections = tuple(
+        section([run for run in runs.runs if task in run.tasks], task, tables.get(task, comparison.table.iloc[:0]))
+        for task in runs.tasks
+    )
+    first = next(iter(tables), None)
+    key = () if first is None else key_panels(tables[first], str(first))
+    return Report(runs, comparison, tuple(verdicts(comparison.table)), key, sections)
+
+
+def _frames(report: Report) -> Iterator[tuple[str, pd.DataFrame]]:
+    table = report.comparison.table
+    yield "comparison", pd.concat([table, printed(table).add_prefix("printed ")], axis=1)
+    for one in report.sections:
+        for part in one.parts:
+            for name, frame in part.frames.items():
+                yield f"{_file_name(one.name)}_{name}", frame
+
+
+def _panels(report: Report) -> Iterator[tuple[str, Panel]]:
+    yield from ((panel.name, panel) for panel in report.key)
+    for one in report.sections:
+        for part in one.parts:
+            yield from ((f"{_file_name(one.name)}_{panel.name}", panel) for panel in part.panels)
+
+
 def _file_name(task: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", task).strip(".") or "task"
+    return re.sub(r"[^\w.-]+", "_", task).strip(".")[:80] or "task"

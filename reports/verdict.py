@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from lmms_keyspace.reports.rows import MMD2, NATS
-from lmms_keyspace.reports.wording import interval, p_value, with_unit
+from lmms_keyspace.reports.wording import interval, p_value, relative, with_unit
 
 ALPHA = 0.05
 RELIANCE = ("text_flip_rate", "conflict_acc", "vis_gain")
@@ -24,11 +24,15 @@ OPEN = (UNCHANGED, NOT_COMPARED, NOT_MEASURED)
 
 @dataclass(frozen=True)
 class Finding:
-    """One question, its answer in a word or two, the headline change, and the numbers it rests on."""
+    """One question, its answer in a word or two, the headline change, and the numbers it rests on.
+
+    `limits` holds the interval of the headline change and the change that could have been detected.
+    """
 
     question: str
     answer: str
     change: str
+    limits: str
     evidence: tuple[str, ...]
 
 
@@ -90,19 +94,22 @@ def _judge(task: str, run: str, rows: pd.DataFrame) -> Verdict:
         ("Did it answer plain questions as well as before?", HARM, _improvement(rows, HARM)),
     )
     divergence, reliance, harm = (
-        Finding(question, answer, _headline(rows, metrics), _evidence(rows, metrics))
+        Finding(question, answer, *_headline(rows, metrics), _evidence(rows, metrics))
         for question, metrics, answer in questions
     )
     return Verdict(task, run, divergence, reliance, harm, _conclusion(divergence.answer, reliance.answer))
 
 
-def _headline(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
-    """The change of the first metric that was compared, e.g. `Text flip rate -3.1 points`."""
+def _headline(rows: pd.DataFrame, metrics: Sequence[str]) -> tuple[str, str]:
+    """The change of the first metric that was compared, e.g. `Text flip rate -3.1 points`, and its limits."""
     compared = [rows.loc[metric] for metric in metrics if metric in rows.index and pd.notna(rows.loc[metric, "delta"])]
     if not compared:
-        return ""
+        return "", ""
     row = compared[0]
-    return f"{row['label']} {with_unit(row['delta'], row['unit'], signed=True)}{_of_the_base(row)}"
+    limits = interval(row["delta_low"], row["delta_high"], row["unit"], signed=True)
+    detectable = f"detectable: {with_unit(row['mde'], row['unit'])}" if pd.notna(row["mde"]) else ""
+    change = f"{row['label']} {with_unit(row['delta'], row['unit'], signed=True)}{_of_the_base(row)}"
+    return change, "; ".join(part for part in (limits, detectable) if part)
 
 
 def _of_the_base(row: pd.Series) -> str:
@@ -110,7 +117,7 @@ def _of_the_base(row: pd.Series) -> str:
     if row["unit"] not in (MMD2, NATS):
         return ""
     base = row["value"] - row["delta"]
-    return f", {100 * row['delta'] / base:+.1f} %" if base > 0 else ""
+    return f", {relative(row['delta'], base)}" if base > 0 else ""
 
 
 def _conclusive(row: pd.Series) -> bool:

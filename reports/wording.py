@@ -23,6 +23,17 @@ def number(value: float, unit: str, *, signed: bool = False) -> str:
     return f"{scaled:{'+' if signed and scaled else ''}.{_DECIMALS[unit]}f}"
 
 
+def level(value: float, low: float, high: float, unit: str) -> str:
+    """For sentences about one run: `12.3 % [10.0, 14.6]`."""
+    suffix = {SHARE: " %", MMD2: "", NATS: " nats", SCORE: ""}[unit]
+    return f"{number(value, unit)}{suffix} {interval(low, high, unit)}".strip()
+
+
+def relative(change: float, of: float) -> str:
+    """`-62.5 %` of the value before."""
+    return f"{number(change / of, SHARE, signed=True)} %"
+
+
 def with_unit(value: float, unit: str, *, signed: bool = False) -> str:
     """For sentences: `12.3 points` of a share, `0.0123` of MMD^2, `0.123 nats`."""
     suffix = {SHARE: " points", MMD2: "", NATS: " nats", SCORE: ""}[unit]

@@ -1,0 +1,59 @@
+"""The sections of a report: everything that the runs say about one task, as figures, tables and words.
+
+One module per question. A builder takes the runs of a task and returns a `Part`, or None where they do not allow it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from lmms_keyspace.reports.examples import Examples, examples
+from lmms_keyspace.reports.load import Run
+from lmms_keyspace.reports.sections.answers import answers, families
+from lmms_keyspace.reports.sections.attention import attention, fooled
+from lmms_keyspace.reports.sections.divergence import divergence, heads, published
+from lmms_keyspace.reports.sections.link import link
+from lmms_keyspace.reports.sections.parts import Panel, Part, Table
+from lmms_keyspace.reports.sections.planes import planes
+from lmms_keyspace.reports.sections.relation import relation
+
+__all__ = ["Panel", "Part", "Section", "Table", "section"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything about one task."""
+
+    name: str
+    anchor: str
+    parts: tuple[Part, ...]
+    examples: Examples | None
+    not_interpretable: tuple[str, ...]
+
+
+def section(runs: Sequence[Run], task: str, comparison: pd.DataFrame) -> Section:
+    """Draw everything that the runs of one task allow; `comparison` is the compared table of this task."""
+    parts = (
+        answers(runs, task),
+        divergence(runs, task),
+        heads(runs, task),
+        attention(runs, task),
+        fooled(runs, task),
+        link(runs, task),
+        relation(runs, task, comparison),
+        planes(runs, task),
+        published(runs, task),
+        families(runs, task),
+    )
+    unread = [run.label for run in runs if (record := run.task_record(task)) and not record.interpretable]
+    return Section(
+        name=task,
+        anchor="task-" + re.sub(r"[^a-z0-9]+", "-", task.lower()).strip("-"),
+        parts=tuple(part for part in parts if part is not None),
+        examples=examples(runs, task),
+        not_interpretable=tuple(unread),
+    )
