@@ -1,4 +1,4 @@
-# make demo | test | check | bench: each makes .venv when it is missing and reuses it when not.
+# make demo | test | check | docs | bench: each makes .venv when it is missing and reuses it when not.
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS := runs/demo
@@ -8,7 +8,7 @@ export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check docs bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,10 +30,13 @@ demo: .venv/installed
 	$(BIN)/lmms-keyspace compare $(ARMS)
 	$(BIN)/lmms-keyspace report $(ARMS) --out $(RUNS)/report
 
-check: .venv/installed
+check: .venv/installed docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
