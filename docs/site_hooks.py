@@ -1,6 +1,6 @@
 """Hooks of mkdocs: pages that live outside docs/ become pages of the site, and links to them hold in both places.
 
-The plugs are installed inside the package but live beside it; the reference is read from a tree that looks as installed.
+The plugs are installed inside the package but live beside it; the reference is read from a tree as it is installed.
 """
 
 from __future__ import annotations
