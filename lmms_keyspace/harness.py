@@ -258,10 +258,10 @@ def results_block(data: RunData) -> dict[str, Any]:
         JSON-ready. `divergence` maps task -> condition -> `<space> <contrast> <estimator>` -> layer -> value
         (mean over KV heads; mmd2 has no unit, js_classifier is in nats).
     """
-    from lmms_keyspace.records import ALL_HEADS, NOT_COMPARABLE
+    from lmms_keyspace.records import ALL_HEADS, MAIN_ESTIMATORS, NOT_COMPARABLE
 
-    record = data.record
-    table = data.divergence[data.divergence["head"] == ALL_HEADS]
+    record, table = data.record, data.divergence
+    table = table[(table["head"] == ALL_HEADS) & table["estimator"].isin(MAIN_ESTIMATORS) & table["value"].notna()]
     divergence: dict[str, Any] = {}
     for row in table.itertuples():
         by_condition = divergence.setdefault(row.task, {}).setdefault(row.condition, {})

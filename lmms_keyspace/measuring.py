@@ -2,101 +2,143 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import torch
 
-from lmms_keyspace import divergence
+from lmms_keyspace.divergence import LayerKeys, Measurement, measure, median_bandwidth2
+from lmms_keyspace.divergence.arrays import Floats
+from lmms_keyspace.divergence.measure import N_PERMUTATIONS
+from lmms_keyspace.errors import InputError
 from lmms_keyspace.key_source import KeySource
-from lmms_keyspace.records import DIVERGENCE_COLUMNS, TEXT, VISUAL, GramKey, KernelSums, empty_table
+from lmms_keyspace.records import DIVERGENCE_COLUMNS, TEXT, VISUAL, GramKey, HeldOutLoss, KernelSums, empty_table
 
 Bandwidths = dict[str, dict[str, dict[int, list[float]]]]  # task -> space -> layer -> squared, per KV head
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The divergence table of a run, the kernel sums it rests on, and the bandwidths of its kernels."""
+    """The divergence table of a run, what it rests on, and the bandwidths of its kernels."""
 
     table: pd.DataFrame
-    gram: dict[GramKey, KernelSums]
-    bandwidths: Bandwidths
+    gram: Mapping[GramKey, KernelSums] = field(default_factory=dict)
+    losses: Mapping[GramKey, HeldOutLoss] = field(default_factory=dict)
+    bandwidths: Bandwidths = field(default_factory=dict)
 
 
-NOTHING_MEASURED = Measured(empty_table(DIVERGENCE_COLUMNS), {}, {})
+NOTHING_MEASURED = Measured(empty_table(DIVERGENCE_COLUMNS))
 
 
-def measure_run(
-    source: KeySource,
-    *,
-    conditions: Mapping[str, Sequence[str]],
-    spaces: Sequence[str],
-    reference: bool,
-    bandwidth_source: str,
-    connector: str,
-    seed: int,
-) -> Measured:
-    """Divergence of visual from text keys for every task, condition and space.
+@dataclass(frozen=True)
+class Measuring:
+    """What of a source is measured, and how.
 
-    Args:
-        source: the captured keys.
+    Attributes:
         conditions: task -> its conditions.
-        spaces: which vectors.
-        reference: take the bandwidths from the source's reference keys, those of the base model.
+        reference: whether the source has the base model's keys, too. The bandwidths come from them.
         bandwidth_source, connector: written into the rows.
         seed: of everything that is drawn.
-
-    Raises:
-        InputError: keys that are not finite or that have no bandwidth.
+        given: bandwidths of another run, to be used instead of the source's own.
     """
-    bandwidths: Bandwidths = {}
-    tables: list[pd.DataFrame] = []
-    gram: dict[GramKey, KernelSums] = {}
-    for task, names in conditions.items():
-        for space in spaces:
-            found = _bandwidths(source, task, space, reference=reference, seed=seed)
-            bandwidths.setdefault(task, {})[space] = {layer: values.tolist() for layer, values in found.items()}
-            for condition in names if found else ():
-                visual, clusters_visual, text, clusters_text = _sides(source, task, condition, space)
-                table, sums = divergence.measure(
-                    visual,
-                    text,
-                    clusters_visual=clusters_visual,
-                    clusters_text=clusters_text,
-                    task=task,
-                    condition=condition,
-                    space=space,
-                    bandwidth2=found,
-                    bandwidth_source=bandwidth_source,
-                    connector=connector,
-                    token_filter=f"{VISUAL} against {TEXT}",
-                    seed=seed,
-                )
-                tables.append(table)
-                gram.update(sums)
-    table = pd.concat(tables, ignore_index=True) if tables else empty_table(DIVERGENCE_COLUMNS)
-    return Measured(table, gram, bandwidths)
 
+    source: KeySource
+    conditions: Mapping[str, Sequence[str]]
+    reference: bool
+    bandwidth_source: str
+    connector: str
+    seed: int
+    n_permutations: int = N_PERMUTATIONS
+    given: Bandwidths | None = None
 
-def _sides(
-    source: KeySource, task: str, condition: str | None, space: str, *, reference: bool = False
-) -> tuple[dict[int, torch.Tensor], list[str], dict[int, torch.Tensor], list[str]]:
-    """Visual and text keys by layer, each with the cluster of every row."""
-    keys: dict[str, dict[int, torch.Tensor]] = {VISUAL: {}, TEXT: {}}
-    clusters: dict[str, list[str]] = {VISUAL: [], TEXT: []}
-    for modality in (VISUAL, TEXT):
-        for layer in source.layers:
-            keys[modality][layer], clusters[modality] = source.keys(
-                task, condition, space, layer, modality, reference=reference
+    def run(self, spaces: Sequence[str]) -> Measured:
+        """Every task, condition and space."""
+        parts: list[Measurement] = []
+        bandwidths: Bandwidths = {}
+        for task, names in self.conditions.items():
+            for space in spaces:
+                found = self.bandwidths(task, space)
+                bandwidths.setdefault(task, {})[space] = {
+                    layer: width2.tolist() for layer, width2 in found.items() if not isinstance(width2, InputError)
+                }
+                parts += [self.part(task, condition, space, found) for condition in names]
+        tables = [part.table for part in parts if len(part.table)]
+        return Measured(
+            table=pd.concat(tables, ignore_index=True) if tables else NOTHING_MEASURED.table,
+            gram={key: sums for part in parts for key, sums in part.gram.items()},
+            losses={key: loss for part in parts for key, loss in part.losses.items()},
+            bandwidths=bandwidths,
+        )
+
+    def part(self, task: str, condition: str, space: str, bandwidths: Mapping[int, Floats | InputError]) -> Measurement:
+        """One task, condition and space; a layer at a time is in memory."""
+        return measure(
+            self._layers(task, condition, space, bandwidths),
+            task=task,
+            condition=condition,
+            space=space,
+            bandwidth_source=self.bandwidth_source,
+            connector=self.connector,
+            seed=self.seed,
+            n_permutations=self.n_permutations,
+        )
+
+    def bandwidths(self, task: str, space: str) -> dict[int, Floats | InputError]:
+        """Squared bandwidth per KV head of every layer, from all conditions of the task, or why there is none."""
+        return {layer: self._bandwidth(task, space, layer) for layer in self.source.layers}
+
+    def _bandwidth(self, task: str, space: str, layer: int) -> Floats | InputError:
+        if self.given is not None:
+            given = self.given.get(task, {}).get(space, {})
+            if layer in given:
+                return np.asarray(given[layer])
+            return InputError("reference", f"layer {layer} of {task}, {space}", "the reference run did not measure it")
+        x, y = (
+            self._keys(task, None, space, layer, modality, reference=self.reference)[0] for modality in (VISUAL, TEXT)
+        )
+        try:
+            return median_bandwidth2(x.transpose(0, 1), y.transpose(0, 1), seed=self.seed)
+        except InputError as error:
+            return InputError(f"keys of layer {layer}, {error.argument}", error.value, error.way_out)
+
+    def _layers(
+        self, task: str, condition: str, space: str, bandwidths: Mapping[int, Floats | InputError]
+    ) -> Iterator[LayerKeys]:
+        sides = (VISUAL, TEXT)
+        for layer in self.source.layers:
+            (visual, clusters_visual), (text, clusters_text) = (
+                self._keys(task, condition, space, layer, modality) for modality in sides
             )
-    return keys[VISUAL], clusters[VISUAL], keys[TEXT], clusters[TEXT]
+            unrotated = [self._keys(task, condition, "k_pre", layer, side)[0] for side in sides]
+            base = [
+                self._keys(task, condition, space, layer, side, reference=True)[0] for side in sides * self.reference
+            ]
+            yield LayerKeys(
+                layer=layer,
+                visual=visual,
+                text=text,
+                clusters_visual=clusters_visual,
+                clusters_text=clusters_text,
+                bandwidth2=bandwidths[layer],
+                other_text={
+                    other: self._keys(other, condition if condition in names else None, space, layer, TEXT)
+                    for other, names in self.conditions.items()
+                    if other != task
+                },
+                unrotated=(unrotated[0], unrotated[1]) if space == "k_post" else None,
+                base=(base[0], base[1]) if base else None,
+            )
 
-
-def _bandwidths(source: KeySource, task: str, space: str, *, reference: bool, seed: int) -> dict[int, np.ndarray]:
-    """Squared bandwidths per layer and KV head; empty when the task shows no image or no text."""
-    visual, _, text, _ = _sides(source, task, None, space, reference=reference)
-    if not any(len(side) for keys in (visual, text) for side in keys.values()):
-        return {}
-    return divergence.reference_bandwidths(visual, text, seed=seed)
+    def _keys(
+        self, task: str, condition: str | None, space: str, layer: int, modality: str, *, reference: bool = False
+    ) -> tuple[torch.Tensor, list[str]]:
+        """Keys of the source without attention sinks, and their clusters."""
+        keys, clusters = self.source.keys(task, condition, space, layer, modality, reference=reference)
+        table = self.source.token_table()
+        chosen = (table["task"] == task) & (table["modality"] == modality)
+        if condition is not None:
+            chosen &= table["condition"] == condition
+        kept = np.flatnonzero(~table.loc[chosen, "sink"].to_numpy(dtype=bool))
+        return keys[torch.from_numpy(kept).to(keys.device)], [clusters[i] for i in kept]

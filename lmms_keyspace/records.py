@@ -7,7 +7,7 @@ imports torch, so every array is numpy and every saved float is float32 or float
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,12 @@ SEGMENTS = ("image", "hint", "question", "options", "boilerplate", "special")
 SPACES = ("k_pre", "k_post", "q", "v")
 # Contrasts of the divergence table. The split-half baselines compare one modality with itself, split by cluster.
 VISUAL_TEXT, VISUAL_VISUAL, TEXT_TEXT = CONTRASTS = ("visual-text", "visual-visual", "text-text")
+# Controls: as many visual as text tokens in every cluster; content shuffled over the places of rotated keys; text of
+# a task against text of another one (`text-text:<other task>`); keys of base and adapted model at the same tokens.
+EQUAL_COUNTS, POSITION_NULL = "visual-text:equal-counts", "position-null"
+BASE_ADAPTED_VISUAL, BASE_ADAPTED_TEXT = "base-adapted:visual", "base-adapted:text"
+# The estimators that reports read; the others of the table stand beside them as an ablation.
+MAIN_ESTIMATORS = ("mmd2", "js_classifier", "paper_mmd", "paper_js_histogram")
 ALL_HEADS = "all"
 DEFAULT_CONDITION = "default"
 # The kernel scale under which the mean over the five bandwidth scales is saved.
@@ -47,8 +53,8 @@ DIVERGENCE_COLUMNS: Mapping[str, str] = {
     "head": "string",  # KV head index, or `all` for the mean over KV heads
     "space": "string",
     "contrast": "string",
-    "estimator": "string",  # mmd2 | js_classifier | paper_mmd | paper_js_histogram
-    "value": "float64",  # mmd2, paper_mmd: unitless; js_classifier, paper_js_histogram: nats
+    "estimator": "string",  # one of MAIN_ESTIMATORS, or of the ablation in docs/divergence.md
+    "value": "float64",  # mmd2*: unitless; js*: nats; energy, centroid_distance: unit of the keys; NaN: see note
     "null_mean": "float64",
     "ci_low": "float64",
     "ci_high": "float64",
@@ -64,6 +70,7 @@ DIVERGENCE_COLUMNS: Mapping[str, str] = {
     "bandwidth_source": "string",
     "at_ceiling": "bool",
     "estimator_version": "string",
+    "note": "string",  # empty, or why the row could not be computed
 }
 ATTENTION_COLUMNS: Mapping[str, str] = {
     "task": "string",
@@ -140,15 +147,39 @@ class KernelSums:
     clusters: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Held-out log-losses (nats) of the classifier that tells visual from text keys, summed by cluster.
+
+    Shapes: loss_visual, loss_text `[..., D]` (leading dims are usually KV heads); n_visual, n_text `[D]` tokens;
+    clusters has D names.
+    """
+
+    loss_visual: np.ndarray
+    loss_text: np.ndarray
+    n_visual: np.ndarray
+    n_text: np.ndarray
+    clusters: tuple[str, ...]
+
+
 @dataclass(frozen=True, order=True)
 class GramKey:
-    """Which kernel sums: one entry of `<date>_gram.safetensors` (all KV heads of a layer together)."""
+    """Which kernel sums: one entry of `<date>_gram.safetensors` (all KV heads of a layer together).
+
+    In the contrast `text-text:<other task>` the other task's text stands in the places of the visual tokens.
+    """
 
     task: str
     condition: str
     space: str
     layer: int
     scale: str = MULTI_SCALE
+    contrast: str = VISUAL_TEXT
+
+
+def text_against(other_task: str) -> str:
+    """The contrast of a task's text with the text of another task."""
+    return f"{TEXT_TEXT}:{other_task}"
 
 
 class TaskRecord(BaseModel):
@@ -215,3 +246,4 @@ class RunData:
     tokens: pd.DataFrame
     keys: Mapping[str, Mapping[str, np.ndarray]]  # task -> "<space>/<layer>[/base]" -> [tokens, KV heads, head width]
     options: pd.DataFrame | None = None
+    losses: Mapping[GramKey, HeldOutLoss] = field(default_factory=dict)

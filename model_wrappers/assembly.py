@@ -14,7 +14,7 @@ import torch
 
 from lmms_keyspace import __version__
 from lmms_keyspace.capture import Capture
-from lmms_keyspace.measuring import NOTHING_MEASURED, Bandwidths, Measured, measure_run
+from lmms_keyspace.measuring import NOTHING_MEASURED, Bandwidths, Measured, Measuring
 from lmms_keyspace.model_wrappers.observed import Observed
 from lmms_keyspace.records import (
     ATTENTION_COLUMNS,
@@ -57,6 +57,7 @@ def assemble(run: Observed, *, finished: bool = True) -> RunData:
     return RunData(
         record=_record(run, measured.bandwidths, finished),
         gram=measured.gram,
+        losses=measured.losses,
         divergence=measured.table,
         attention=capture.attention_table(),
         tokens=tokens,
@@ -69,15 +70,14 @@ def _measured(run: Observed, capture: Capture) -> Measured:
     source = "base model, this run"
     if run.loaded.adapter is not None:
         source = "base model, adapter disabled" if run.second_pass else "this run, adapted"
-    return measure_run(
-        capture,
+    return Measuring(
+        source=capture,
         conditions={name: task.conditions() for name, task in run.tasks.items()},
-        spaces=run.arguments.spaces,
         reference=run.second_pass,
         bandwidth_source=source,
         connector=run.decoder.connector,
         seed=run.arguments.seed,
-    )
+    ).run(run.arguments.spaces)
 
 
 def _kept_keys(

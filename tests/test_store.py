@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import pytest
 
 from lmms_keyspace import records
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.records import GramKey, KernelSums, RunData, RunRecord, TaskRecord
+from lmms_keyspace.records import GramKey, HeldOutLoss, KernelSums, RunData, RunRecord, TaskRecord
 from lmms_keyspace.store import find_runs, load_run, read_run, read_samples, write_run
 
 DATE = "20260102_030405"
@@ -93,6 +93,12 @@ def run_data(*, complete: bool = True, options: bool = True) -> RunData:
         for condition in ("clean", "in/between")
         for layer in (0, 1)
     }
+    losses = {
+        replace(key, contrast="text-text:other/task"): HeldOutLoss(
+            rng.random((2, 3)), rng.random((2, 3)), np.array([4, 4, 4]), np.array([3, 2, 1]), ("a", "b/c", "é")
+        )
+        for key in sums
+    }
     tokens = frame(records.TOKEN_COLUMNS, 3).assign(task=TASK)
     return RunData(
         record=run_record(complete=complete),
@@ -102,6 +108,7 @@ def run_data(*, complete: bool = True, options: bool = True) -> RunData:
         tokens=tokens,
         keys={TASK: {"k_pre/0": rng.random((3, 2, 4)).astype(np.float32), "k_pre/0/base": np.ones((3, 2, 4))}},
         options=frame(records.OPTION_COLUMNS, 2) if options else None,
+        losses=losses,
     )
 
 
@@ -128,6 +135,11 @@ def test_round_trip(tmp_path):
             np.testing.assert_allclose(getattr(back, name), getattr(sums, name), rtol=6e-8)
         np.testing.assert_array_equal(back.n_visual, sums.n_visual)
         np.testing.assert_array_equal(back.n_text, sums.n_text)
+    assert set(read.losses) == set(data.losses)
+    for key, loss in data.losses.items():
+        assert read.losses[key].clusters == loss.clusters
+        for name in ("loss_visual", "loss_text", "n_visual", "n_text"):
+            np.testing.assert_allclose(getattr(read.losses[key], name), getattr(loss, name), rtol=6e-8)
     for name in ("divergence", "attention", "tokens", "options"):
         pd.testing.assert_frame_equal(getattr(read, name), getattr(data, name), check_dtype=False)
     assert set(read.keys) == {TASK}
@@ -165,7 +177,7 @@ def test_a_run_that_captured_nothing_round_trips(tmp_path):
 def test_tables_hold_exactly_the_declared_columns(tmp_path, change, names):
     data = run_data()
     with pytest.raises(InputError) as error:
-        write_run(tmp_path, DATE, dataclasses.replace(data, attention=change(data.attention)))
+        write_run(tmp_path, DATE, replace(data, attention=change(data.attention)))
     assert all(name in str(error.value) for name in names)
     assert list(tmp_path.iterdir()) == []
 
@@ -173,9 +185,9 @@ def test_tables_hold_exactly_the_declared_columns(tmp_path, change, names):
 def test_kernel_sums_of_a_condition_must_agree_about_their_clusters(tmp_path):
     data = run_data()
     key, sums = next(iter(data.gram.items()))
-    gram = {**data.gram, key: dataclasses.replace(sums, n_text=sums.n_text + 1)}
+    gram = {**data.gram, key: replace(sums, n_text=sums.n_text + 1)}
     with pytest.raises(InputError, match="same in every layer"):
-        write_run(tmp_path, DATE, dataclasses.replace(data, gram=gram))
+        write_run(tmp_path, DATE, replace(data, gram=gram))
 
 
 def test_a_write_that_fails_leaves_no_file_and_no_claim_to_be_whole(tmp_path, monkeypatch):
@@ -239,7 +251,14 @@ def test_an_incomplete_run_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["gram.safetensors", "divergence.parquet", "keys_odd%2Ftask%20name.safetensors", "results.json"]
+    "name",
+    [
+        "gram.safetensors",
+        "losses.safetensors",
+        "divergence.parquet",
+        "keys_odd%2Ftask%20name.safetensors",
+        "results.json",
+    ],
 )
 def test_a_missing_file_is_named(tmp_path, name):
     write_harness_files(tmp_path)
@@ -274,9 +293,10 @@ def test_a_newer_schema_is_refused(tmp_path, monkeypatch, name):
     write_harness_files(tmp_path)
     write_run(tmp_path, DATE, run_data())
     with monkeypatch.context() as later:
-        later.setattr("lmms_keyspace.store.SCHEMA_VERSION", 7)
+        for module in ("files", "tables", "tensors"):
+            later.setattr(f"lmms_keyspace.store.{module}.SCHEMA_VERSION", 7)
         data = run_data()
-        newer = dataclasses.replace(data, record=data.record.model_copy(update={"schema_version": 7}))
+        newer = replace(data, record=data.record.model_copy(update={"schema_version": 7}))
         write_run(tmp_path / "newer", DATE, newer)
     (tmp_path / "newer" / f"{DATE}_{name}").replace(tmp_path / f"{DATE}_{name}")
     with pytest.raises(InputError, match="says 7, this version reads 1: upgrade lmms_keyspace"):

@@ -8,7 +8,6 @@ density ratio is linear (Gaussians of one covariance). Its maximum, ln 2, is rea
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from lmms_keyspace.divergence.arrays import Cloud, Floats, Groups, as_clouds, center, group_codes
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.stats import hash_ranks
-
-LN2 = math.log(2)
+from lmms_keyspace.records import HeldOutLoss
+from lmms_keyspace.stats import hash_ranks, js_bootstrap
+from lmms_keyspace.stats.js import LN2
 
 
 class JSEstimate(NamedTuple):
@@ -31,16 +30,6 @@ class JSEstimate(NamedTuple):
     low: Floats
     high: Floats
     at_ceiling: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class HeldOutLoss:
-    """Sums of held-out log-losses (nats) by group: loss_x, loss_y [..., D]; tokens n_x, n_y [D]."""
-
-    loss_x: Floats
-    loss_y: Floats
-    n_x: NDArray[np.int64]
-    n_y: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -90,7 +79,10 @@ class JSClassifier:
         return self.estimate(self.held_out(x, y, groups_x=groups_x, groups_y=groups_y, seed=seed), seed=seed)
 
     def held_out(self, x: Cloud, y: Cloud, *, groups_x: Groups, groups_y: Groups, seed: int = 0) -> HeldOutLoss:
-        """The held-out log-losses from which the bound and its interval follow; arguments as in the call."""
+        """The held-out log-losses from which the bound and its interval follow; x is the visual side.
+
+        Arguments and errors as in the call.
+        """
         x, y = center(*as_clouds(x, y))
         names, codes_x, codes_y = group_codes(x, y, groups_x, groups_y)
         lead, d = x.shape[:-2], len(names)
@@ -113,25 +105,12 @@ class JSClassifier:
         codes = torch.from_numpy(np.concatenate([codes_x, codes_y + d])).to(x.device)
         sums = loss.new_zeros(len(loss), 2 * d, dtype=torch.float64).index_add_(1, codes, loss.double())
         by_group = sums.cpu().numpy().reshape(*lead, 2 * d)
-        return HeldOutLoss(by_group[..., :d], by_group[..., d:], n_x, n_y)
+        return HeldOutLoss(by_group[..., :d], by_group[..., d:], n_x, n_y, names)
 
     def estimate(self, loss: HeldOutLoss, *, seed: int = 0) -> JSEstimate:
-        """The bound with its percentile bootstrap over groups, which takes the fitted classifiers as given."""
-        d = len(loss.n_x)
-        counts = np.random.default_rng(seed).multinomial(d, np.full(d, 1 / d), size=self.n_resamples)
-        # A draw without a token of one side has no balanced loss.
-        counts = counts[(counts @ loss.n_x > 0) & (counts @ loss.n_y > 0)]
-        draws = self._bound(loss, counts)
-        low, high = np.quantile(draws, (0.025, 0.975), axis=-1)
-        value = self._bound(loss, np.ones((1, d)))[..., 0]
+        """The bound with its cluster bootstrap, see `stats.js_bootstrap`."""
+        value, low, high = js_bootstrap(loss, n_resamples=self.n_resamples, seed=seed)
         return JSEstimate(value, low, high, value > self.ceiling * LN2)
-
-    @staticmethod
-    def _bound(loss: HeldOutLoss, counts: NDArray[np.int64] | Floats) -> Floats:
-        """[..., B]: ln 2 minus the balanced log-loss when group g is taken counts[b, g] times."""
-        mean_x = loss.loss_x @ counts.T / (counts @ loss.n_x)
-        mean_y = loss.loss_y @ counts.T / (counts @ loss.n_y)
-        return LN2 - (mean_x + mean_y) / 2
 
     def _deal(
         self, names: tuple[str, ...], in_x: NDArray[np.bool_], in_y: NDArray[np.bool_], seed: int

@@ -6,7 +6,8 @@ MMD^2 with any radial kernel, and the energy distance with k = -distance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -21,6 +22,8 @@ from lmms_keyspace.records import KernelSums
 
 # Minus the squared distances of a tile -> the kernel. It may overwrite its argument; -inf (an empty slot) becomes 0.
 Kernel = Callable[[Tensor], Tensor]
+# The same for several kernels, one after the other: each tile is summed before the next is asked for.
+Kernels = Callable[[Tensor], Iterator[Tensor]]
 
 # Tokens per side of a kernel tile: about the second-level cache of a CPU core; large enough to fill a GPU.
 _TILE_CPU, _TILE_CUDA = 512, 4096
@@ -33,6 +36,31 @@ def pair_sums(
 ) -> KernelSums:
     """Group-by-group sums of kernel(-|a - b|^2 / bandwidth2), within x, within y and between them.
 
+    Args and errors: as `pair_sums_each`, with one kernel.
+
+    Returns:
+        Sums [..., D, D] over the D groups of both sides, in sorted order, with each vector's pair with itself.
+    """
+
+    def alone(minus_distance2: Tensor) -> Iterator[Tensor]:
+        yield kernel(minus_distance2)
+
+    sums = pair_sums_each(x, y, groups_x=groups_x, groups_y=groups_y, bandwidth2=bandwidth2, kernels=alone, n_kernels=1)
+    return replace(sums, vv=sums.vv[0], tt=sums.tt[0], vt=sums.vt[0])
+
+
+def pair_sums_each(
+    x: Cloud,
+    y: Cloud,
+    *,
+    groups_x: Groups,
+    groups_y: Groups,
+    bandwidth2: ArrayLike | Tensor,
+    kernels: Kernels,
+    n_kernels: int,
+) -> KernelSums:
+    """`pair_sums` for several kernels of the same distances.
+
     Memory holds a tile of the kernel matrix at a time. Blocks of at most 32 x 32 tokens are summed in the dtype of the
     keys (float32, or float64 if given), the rest in float64. A side may be empty: its sums are 0.
 
@@ -40,10 +68,10 @@ def pair_sums(
         x, y: [..., n, d] and [..., m, d].
         groups_x, groups_y: [n], [m] names of the groups; shared names are the same group.
         bandwidth2: the unit of the squared distance, of the leading shape [...] or a scalar.
-        kernel: see `Kernel`.
+        kernels: see `Kernels`; it gives `n_kernels` tiles.
 
     Returns:
-        Sums [..., D, D] over the D groups of both sides, in sorted order, with each vector's pair with itself.
+        Sums [n_kernels, ..., D, D], see `pair_sums`.
 
     Raises:
         InputError: shapes that do not agree, entries that are not finite, a bandwidth that is not positive.
@@ -56,7 +84,7 @@ def pair_sums(
     block = int(min(_BLOCK, max(np.bincount(codes_x, minlength=1).max(), np.bincount(codes_y, minlength=1).max())))
     order_x, owner_x = _blocks(codes_x, d, block)
     order_y, owner_y = _blocks(codes_y, d, block)
-    sums = {name: np.zeros((len(heads_x), d, d)) for name in ("vv", "tt", "vt")}
+    sums = {name: np.zeros((n_kernels, len(heads_x), d, d)) for name in ("vv", "tt", "vt")}
     for h in range(len(heads_x)):
         left_x, right_x = _factors(heads_x[h], order_x)
         left_y, right_y = _factors(heads_y[h], order_y)
@@ -65,10 +93,11 @@ def pair_sums(
             ("tt", left_y, right_y, owner_y, owner_y),
             ("vt", left_x, right_y, owner_x, owner_y),
         ):
-            between = _block_sums(left, right, block, kernel, symmetric=name != "vt")
-            np.add.at(sums[name][h], (rows[:, None], columns), between)
+            between = _block_sums(left, right, block, kernels, n_kernels, symmetric=name != "vt")
+            for k in range(n_kernels):
+                np.add.at(sums[name][k, h], (rows[:, None], columns), between[k])
     return KernelSums(
-        **{name: value.reshape(*lead, d, d) for name, value in sums.items()},
+        **{name: value.reshape(n_kernels, *lead, d, d) for name, value in sums.items()},
         n_visual=np.bincount(codes_x, minlength=d),
         n_text=np.bincount(codes_y, minlength=d),
         clusters=names,
@@ -144,18 +173,19 @@ def _factors(x: Tensor, slots: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     return torch.cat([2 * tokens, -norm2, -one], dim=1), torch.cat([tokens, one, norm2], dim=1)
 
 
-def _block_sums(left: Tensor, right: Tensor, block: int, kernel: Kernel, symmetric: bool) -> Floats:
-    """[blocks, blocks] sums of the kernel, tile by tile; of a symmetric matrix the upper triangle is computed."""
+def _block_sums(left: Tensor, right: Tensor, block: int, kernels: Kernels, n_kernels: int, symmetric: bool) -> Floats:
+    """[n_kernels, blocks, blocks] sums of the kernels, tile by tile; of a symmetric matrix the upper triangle is
+    computed."""
     step = max(1, (_TILE_CUDA if left.is_cuda else _TILE_CPU) // block)
     rows, columns = len(left) // block, len(right) // block
-    result = np.zeros((rows, columns))
+    result = np.zeros((n_kernels, rows, columns))
     for i in range(0, rows, step):
         for j in range(i if symmetric else 0, columns, step):
             # Rounding may leave a distance just below 0.
             distance = (left[i * block : (i + step) * block] @ right[j * block : (j + step) * block].T).clamp_(max=0)
-            tile = kernel(distance)
-            cells = tile.view(tile.shape[0] // block, block, tile.shape[1] // block, block).sum(dim=(1, 3))
-            result[i : i + step, j : j + step] = cells.double().cpu().numpy()
+            for k, tile in enumerate(kernels(distance)):
+                cells = tile.view(tile.shape[0] // block, block, tile.shape[1] // block, block).sum(dim=(1, 3))
+                result[k, i : i + step, j : j + step] = cells.double().cpu().numpy()
             if symmetric and j > i:
-                result[j : j + step, i : i + step] = result[i : i + step, j : j + step].T
+                result[:, j : j + step, i : i + step] = result[:, i : i + step, j : j + step].mT
     return result

@@ -11,8 +11,7 @@ from scipy import stats
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import KernelSums
 from lmms_keyspace.stats.clusters import resample
-from lmms_keyspace.stats.power import mde_from_se
-from lmms_keyspace.stats.types import ArrayInterval, Floats, PairedMMD2, check_level
+from lmms_keyspace.stats.types import ArrayInterval, Floats, check_level
 
 # Fewest clusters from which a cluster U-statistic with a jackknife interval is reported.
 MIN_CLUSTERS = 4
@@ -50,37 +49,6 @@ def mmd2_jackknife(sums: KernelSums, level: float = 0.95) -> ArrayInterval:
     value, deleted = leave_one_out(_occupied(sums))
     se, t = jackknife_se(deleted, level)
     return ArrayInterval(value, value - t * se, value + t * se)
-
-
-def paired_mmd2_difference(a: KernelSums, b: KernelSums, level: float = 0.95) -> PairedMMD2:
-    """Change of MMD^2 from run a (the base) to run b on the clusters they share, matched by name.
-
-    Delete-one-cluster jackknife of the difference: what the two runs share cancels, which makes the interval much
-    narrower than that of unpaired runs. Interval and p use Student's t with (shared clusters - 1) degrees of freedom.
-
-    Args:
-        a, b: sums of the same layer, heads and bandwidth; leading shapes must be equal.
-
-    Raises:
-        InputError: other leading shapes, or fewer than 4 shared clusters with tokens of both modalities.
-    """
-    if a.vv.shape[:-2] != b.vv.shape[:-2]:
-        raise InputError("b", b.vv.shape, f"compare sums of the same heads; a has shape {a.vv.shape}")
-    in_a = {name: i for i, name in enumerate(a.clusters) if a.n_visual[i] + a.n_text[i] > 0}
-    in_b = {name: i for i, name in enumerate(b.clusters) if b.n_visual[i] + b.n_text[i] > 0}
-    shared = sorted(in_a.keys() & in_b.keys())
-    if len(shared) < MIN_CLUSTERS:
-        raise InputError("clusters", f"{len(shared)} shared", f"compare runs that share at least {MIN_CLUSTERS}")
-    value_a, deleted_a = leave_one_out(_select(a, [in_a[name] for name in shared]))
-    value_b, deleted_b = leave_one_out(_select(b, [in_b[name] for name in shared]))
-    delta = value_b - value_a
-    se, t = jackknife_se(deleted_b - deleted_a, level)
-    # Two identical runs have delta = se = 0: no evidence of a change, p = 1.
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.where(se > 0, np.abs(delta) / se, np.where(delta == 0, 0.0, np.inf))
-    p = 2 * stats.t.sf(ratio, len(shared) - 1)
-    mde = np.where(se > 0, mde_from_se(se), np.nan)
-    return PairedMMD2(delta, delta - t * se, delta + t * se, p, mde, len(shared))
 
 
 def mmd2_bootstrap(sums: KernelSums, *, n_resamples: int = 1000, level: float = 0.95, seed: int = 0) -> ArrayInterval:
@@ -151,10 +119,11 @@ def _occupied(sums: KernelSums) -> KernelSums:
             raise InputError(
                 name, f"tokens in {np.count_nonzero(counts)} clusters", f"an interval needs at least {MIN_CLUSTERS}"
             )
-    return _select(sums, np.flatnonzero(sums.n_visual + sums.n_text))
+    return select(sums, np.flatnonzero(sums.n_visual + sums.n_text))
 
 
-def _select(sums: KernelSums, index: Sequence[int] | NDArray[np.int64]) -> KernelSums:
+def select(sums: KernelSums, index: Sequence[int] | NDArray[np.int64]) -> KernelSums:
+    """The sums of some clusters."""
     index = np.asarray(index)
     vv, tt, vt = (m[..., index[:, None], index] for m in (sums.vv, sums.tt, sums.vt))
     return KernelSums(vv, tt, vt, sums.n_visual[index], sums.n_text[index], tuple(sums.clusters[i] for i in index))

@@ -41,8 +41,11 @@ class ArrayInterval(NamedTuple):
     high: Floats
 
 
-class PairedMMD2(NamedTuple):
-    """MMD^2 of run b minus run a on the `n` clusters they share; arrays of shape [...]."""
+class PairedChange(NamedTuple):
+    """Change of a divergence from run a to run b on the `n` clusters they share; arrays of shape [...].
+
+    `p_adjusted` and the band are those of max-T over all of the leading dimensions.
+    """
 
     delta: Floats
     low: Floats
@@ -50,6 +53,9 @@ class PairedMMD2(NamedTuple):
     p: Floats
     mde: Floats
     n: int
+    p_adjusted: Floats
+    band_low: Floats
+    band_high: Floats
 
 
 class PermutationTest(NamedTuple):

@@ -184,7 +184,9 @@ def test_half_precision_runs(tmp_path):
     evaluate("malora_llava", limit=24, batch_size=8, model_args=f"dtype=bfloat16,keys_dir={tmp_path}")
     data = run_of(tmp_path)
     assert data.record.dtype == "bfloat16"
-    assert np.isfinite(data.divergence["value"]).all()
+    measured = data.divergence[data.divergence["note"] == ""]
+    assert np.isfinite(measured["value"]).all()
+    assert {"mmd2", "js_classifier", "linear_cka"} <= set(measured["estimator"])
 
 
 @pytest.mark.parametrize("model", ["keyspace_llava", "malora_llava"])

@@ -1,0 +1,65 @@
+"""Whole files or none, and what every reader checks first."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lmms_keyspace.errors import InputError
+from lmms_keyspace.records import SCHEMA_VERSION
+
+VERSION_KEY = "lmms_keyspace_schema"
+
+
+def write(path: Path, content: bytes) -> Path:
+    """Write under a temporary name in the same folder, sync, rename: a reader sees all of the file or none."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; these are shared like any output, as the umask says.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def require(path: Path) -> None:
+    if not path.is_file():
+        raise InputError("file", str(path), "this run is incomplete, the file is missing: run it again")
+
+
+def check_version(path: Path, version: object) -> None:
+    if not str(version).isdigit():
+        raise InputError("file", path.name, rerun("it carries no schema version"))
+    if int(str(version)) > SCHEMA_VERSION:
+        raise InputError(
+            "file", path.name, f"says {version}, this version reads {SCHEMA_VERSION}: upgrade lmms_keyspace"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except json.JSONDecodeError as error:
+        raise InputError("file", path.name, rerun(f"not JSON: {error}")) from error
+    if not isinstance(content, dict):
+        raise InputError("file", path.name, rerun("not a JSON object"))
+    return content
+
+
+def with_prefix(folder: Path, prefix: str, suffix: str) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.startswith(prefix) and path.name.endswith(suffix))
+
+
+def rerun(problem: str) -> str:
+    return f"{problem}; the file is damaged or not of this program: run the evaluation again"

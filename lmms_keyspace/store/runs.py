@@ -1,0 +1,192 @@
+"""A run as a folder and a date: finding it, writing all its files, reading them, and lmms-eval's beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import pandas as pd
+from pydantic import ValidationError
+
+from lmms_keyspace.errors import InputError
+from lmms_keyspace.records import HeldOutLoss, KernelSums, RunData, RunRecord
+from lmms_keyspace.store.files import check_version, read_json, require, rerun, with_prefix, write
+from lmms_keyspace.store.tables import TABLES, read_table, table_bytes
+from lmms_keyspace.store.tensors import by_document_bytes, keys_bytes, read_by_document, read_keys
+
+# lmms-eval's date, e.g. 20261121_104102. Tasks write files called `<something>_results.json` too: those are not runs.
+_RUN_FILE = re.compile(r"(?P<date>\d[\dT_.\-]*)_(results|keyspace)\.json")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where one run lies: the folder and the date that all its file names begin with."""
+
+    folder: Path
+    date: str
+
+    @property
+    def results(self) -> Path:
+        """`<date>_results.json` of lmms-eval; may be absent after a crash."""
+        return self.folder / f"{self.date}_results.json"
+
+    @property
+    def samples(self) -> dict[str, Path]:
+        """Task name -> `<date>_samples_<task>.jsonl`; empty without `--log_samples`."""
+        prefix = f"{self.date}_samples_"
+        return {path.stem.removeprefix(prefix): path for path in with_prefix(self.folder, prefix, ".jsonl")}
+
+    @property
+    def keyspace(self) -> Path | None:
+        """`<date>_keyspace.json`, or None for a run of a model that captures nothing."""
+        path = self.folder / f"{self.date}_keyspace.json"
+        return path if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """One run in memory: lmms-eval's results and samples, and what was captured (None for a stock model)."""
+
+    files: RunFiles
+    results: dict[str, Any]
+    samples: dict[str, pd.DataFrame]
+    data: RunData | None
+
+
+def write_run(folder: Path, date: str, data: RunData) -> list[Path]:
+    """Write every file of a run; `<date>_keyspace.json` comes last.
+
+    Returns the paths in the order written. Raises InputError when a table has a missing, an extra or a mistyped
+    column, or when kernel sums of one task and condition disagree about their clusters; nothing is written then.
+    """
+    contents = {
+        "gram.safetensors": by_document_bytes(data.gram),
+        "losses.safetensors": by_document_bytes(data.losses),
+        **{f"{name}.parquet": table_bytes(name, frame) for name, frame in _frames(data).items()},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [write(folder / f"{date}_{name}", content) for name, content in contents.items()]
+    written += [write(_keys_path(folder, date, task), keys_bytes(arrays)) for task, arrays in data.keys.items()]
+    record = data.record.model_dump_json(indent=2).encode()
+    written.append(write(folder / f"{date}_keyspace.json", record))
+    return written
+
+
+def read_run(folder: Path, date: str) -> RunData:
+    """Read what `write_run` wrote. Raises InputError for an incomplete run, a newer schema or a corrupt file.
+
+    `gram` and the arrays of `keys` are read from disk when accessed.
+    """
+    record = _read_record(folder / f"{date}_keyspace.json")
+    frames = {name: read_table(folder / f"{date}_{name}.parquet", name) for name in TABLES if name != "options"}
+    options_path = folder / f"{date}_options.parquet"
+    options = read_table(options_path, "options") if options_path.exists() else None
+    tokens = frames["tokens"]
+    for task in tokens.loc[tokens["keys_row"] >= 0, "task"].unique():
+        require(_keys_path(folder, date, task))
+    prefix = f"{date}_keys_"
+    keys = {
+        unquote(path.stem.removeprefix(prefix)): read_keys(path) for path in with_prefix(folder, prefix, ".safetensors")
+    }
+    return RunData(
+        record=record,
+        gram=read_by_document(folder / f"{date}_gram.safetensors", KernelSums),
+        losses=read_by_document(folder / f"{date}_losses.safetensors", HeldOutLoss),
+        divergence=frames["divergence"],
+        attention=frames["attention"],
+        tokens=tokens,
+        keys=keys,
+        options=options,
+    )
+
+
+def find_runs(path: Path) -> list[RunFiles]:
+    """The runs at `path`, newest last: a run's or a model's folder, a whole output folder, or one `*_results.json`.
+
+    Folders that are symbolic links are not entered. Raises InputError when there is no run.
+    """
+    if path.is_file():
+        match = _RUN_FILE.fullmatch(path.name)
+        found = {RunFiles(path.parent, match["date"])} if match else set()
+    else:
+        candidates = (file for file in path.rglob("*.json") if not file.name.startswith("."))
+        matches = ((file, _RUN_FILE.fullmatch(file.name)) for file in candidates)
+        found = {RunFiles(file.parent, match["date"]) for file, match in matches if match}
+    if not found:
+        raise InputError(
+            "run",
+            str(path),
+            "there is no run here: looked in it and in every folder below it for <date>_results.json, which lmms-eval "
+            "writes under --output_path",
+        )
+    return sorted(found, key=lambda files: (files.date, files.folder))
+
+
+def load_run(files: RunFiles) -> LoadedRun:
+    """Load lmms-eval's results and samples and, where there is one, the capture.
+
+    Raises InputError when a file is missing, truncated, incomplete or of a newer schema; the message names it.
+    """
+    require(files.results)
+    results = read_json(files.results)
+    return LoadedRun(
+        files=files,
+        results=results,
+        samples={task: read_samples(path) for task, path in files.samples.items()},
+        data=read_run(files.folder, files.date) if files.keyspace else None,
+    )
+
+
+def read_samples(path: Path) -> pd.DataFrame:
+    """A samples file of lmms-eval, one row per line; invalid UTF-8 becomes U+FFFD, half a surrogate pair `?`.
+
+    Raises InputError naming the file and the line when a line is not a JSON object.
+    """
+    rows = []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path.name}, line {number}", _short(line), rerun(f"not JSON: {error}")) from error
+            if not isinstance(row, dict):
+                raise InputError(f"{path.name}, line {number}", _short(line), rerun("not a JSON object"))
+            rows.append({key: _encodable(value) for key, value in row.items()})
+    return pd.DataFrame(rows)
+
+
+def _encodable(value: object) -> object:
+    """JSON may name half a surrogate pair, as a cut answer does; a frame of strings cannot hold it."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def _frames(data: RunData) -> dict[str, pd.DataFrame]:
+    frames = {"divergence": data.divergence, "attention": data.attention, "tokens": data.tokens}
+    return frames if data.options is None else {**frames, "options": data.options}
+
+
+def _read_record(path: Path) -> RunRecord:
+    require(path)
+    content = read_json(path)
+    check_version(path, content.get("schema_version"))
+    try:
+        record = RunRecord.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise InputError("file", path.name, rerun(f"field {field}: {first['msg']}")) from error
+    if not record.complete:
+        raise InputError("run", str(path), "this run did not end (complete is false): run it again")
+    return record
+
+
+def _keys_path(folder: Path, date: str, task: str) -> Path:
+    return folder / f"{date}_keys_{quote(task, safe='')}.safetensors"
+
+
+def _short(text: str) -> str:
+    return text[:60].rstrip("\n")

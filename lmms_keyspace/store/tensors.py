@@ -1,0 +1,127 @@
+"""safetensors files: kernel sums and held-out losses by document, and keys. Read on access, a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Generic, TypeVar
+from urllib.parse import quote, unquote
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as safetensors_bytes
+
+from lmms_keyspace.errors import InputError
+from lmms_keyspace.records import SCHEMA_VERSION, GramKey, HeldOutLoss, KernelSums
+from lmms_keyspace.store.files import VERSION_KEY, check_version, require, rerun
+
+K = TypeVar("K")
+V = TypeVar("V")
+ByDocument = TypeVar("ByDocument", KernelSums, HeldOutLoss)
+
+
+class _OnAccess(Mapping[K, V], Generic[K, V]):
+    """A mapping whose values are read from disk each time they are asked for."""
+
+    def __init__(self, loaders: Mapping[K, Callable[[], V]]) -> None:
+        self._loaders = loaders
+
+    def __getitem__(self, key: K) -> V:
+        return self._loaders[key]()
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._loaders)
+
+    def __len__(self) -> int:
+        return len(self._loaders)
+
+
+def by_document_bytes(entries: Mapping[GramKey, KernelSums] | Mapping[GramKey, HeldOutLoss]) -> bytes:
+    """The content of a file of kernel sums or of losses.
+
+    Raises:
+        InputError: clusters or token counts that differ between the layers of a condition.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    clusters: dict[str, list[str]] = {}
+    for key, value in entries.items():
+        # Names of tasks and conditions may hold a slash: the parts of a tensor's name are percent-encoded.
+        group = "/".join(quote(part, safe="") for part in (key.task, key.condition, key.contrast))
+        entry = f"{group}/{quote(key.space, safe='')}/{key.layer}/{quote(key.scale, safe='')}"
+        counts = {name: np.asarray(getattr(value, name), np.int64) for name in ("n_visual", "n_text")}
+        if clusters.setdefault(group, list(value.clusters)) != list(value.clusters) or any(
+            not np.array_equal(tensors.setdefault(f"{group}/{name}", count), count) for name, count in counts.items()
+        ):
+            raise InputError("gram", key, "clusters and token counts must be the same in every layer of a condition")
+        for name in _ARRAYS[type(value)]:
+            tensors[f"{entry}/{name}"] = np.ascontiguousarray(getattr(value, name), dtype=np.float32)
+    return safetensors_bytes(tensors, {**_metadata(), "clusters": json.dumps(clusters)})
+
+
+def read_by_document(path: Path, kind: type[ByDocument]) -> Mapping[GramKey, ByDocument]:
+    """What `by_document_bytes` wrote, float64, each entry read when it is asked for."""
+    names, metadata = _open_safetensors(path)
+    if "clusters" not in metadata:
+        raise InputError("file", path.name, rerun("no cluster names in its header"))
+    clusters = json.loads(metadata["clusters"])
+    loaders = {}
+    first = f"/{_ARRAYS[kind][0]}"
+    for name in names:
+        if not name.endswith(first):
+            continue
+        entry = name.removesuffix(first)
+        task, condition, contrast, space, layer, scale = entry.split("/")
+        key = GramKey(unquote(task), unquote(condition), unquote(space), int(layer), unquote(scale), unquote(contrast))
+        group = f"{task}/{condition}/{contrast}"
+        loaders[key] = partial(_load_entry, path, kind, entry, group, tuple(clusters[group]))
+    return _OnAccess(loaders)
+
+
+def _load_entry(path: Path, kind: type[ByDocument], entry: str, group: str, clusters: tuple[str, ...]) -> ByDocument:
+    names = {name: f"{entry}/{name}" for name in _ARRAYS[kind]}
+    counts = {name: f"{group}/{name}" for name in ("n_visual", "n_text")}
+    with safe_open(path, framework="np") as file:
+        parts = {field: file.get_tensor(name) for field, name in (names | counts).items()}
+    parts |= {field: parts[field].astype(np.float64) for field in names}
+    return kind(**parts, clusters=clusters)
+
+
+def keys_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """The content of a file of keys."""
+    tensors = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
+    return safetensors_bytes(tensors, _metadata())
+
+
+def read_keys(path: Path) -> Mapping[str, np.ndarray]:
+    names, _ = _open_safetensors(path)
+    return _OnAccess({name: partial(_load_array, path, name) for name in names})
+
+
+def _load_array(path: Path, name: str) -> np.ndarray:
+    with safe_open(path, framework="np") as file:
+        array: np.ndarray = file.get_tensor(name)
+    return array
+
+
+def _open_safetensors(path: Path) -> tuple[list[str], dict[str, str]]:
+    """Tensor names and metadata; the header check of safetensors also catches a truncated file."""
+    require(path)
+    try:
+        with safe_open(path, framework="np") as file:
+            names, metadata = list(file.keys()), file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError("file", path.name, rerun(f"not a whole safetensors file ({error})")) from error
+    check_version(path, metadata.get(VERSION_KEY))
+    return names, metadata
+
+
+def _metadata() -> dict[str, str]:
+    return {VERSION_KEY: str(SCHEMA_VERSION)}
+
+
+_ARRAYS: Mapping[type, tuple[str, ...]] = {
+    KernelSums: ("vv", "tt", "vt"),
+    HeldOutLoss: ("loss_visual", "loss_text"),
+}
