@@ -1,11 +1,13 @@
 """The only module that touches lmms-eval's internals.
 
 lmms-eval loads `model_manifests` through the entry-point group `lmms_eval.models`. Besides naming our models it
-places three hooks, each a no-op unless one of our models runs (the first unless one of our tasks is asked for):
+places four hooks, each a no-op unless one of our models runs (the first unless one of our tasks is asked for):
 
 * `TaskManager.initialize_tasks` also indexes our task folder (lmms-eval has no entry point for tasks);
 * `evaluator.simple_evaluate` checks the output folder before the model loads, gives a run without
-  `--output_path` a default folder, samples included, and adds the `keyspace` block to the results;
+  `--output_path` a default folder, samples included, adds the `keyspace` block to the results, and saves what was
+  captured of a run that dies;
+* `ResponseCache.execute` tells the model of every request before the cache answers some of them;
 * `EvaluationTracker.save_results_aggregated` writes our files beside lmms-eval's, with the same date.
 
 Where lmms-eval changed, a hook is not placed and one warning says what no longer works and the way out.
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmms_keyspace.errors import InputError
+from lmms_keyspace.processes import end_process, of_rank_0, terminable, uninterrupted
 
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
@@ -50,6 +53,7 @@ class _Run:
 
     date: str  # lmms-eval's date string, as its file names carry it
     data: RunData | None = None
+    hole: InputError | None = None  # to raise when the results are saved
 
 
 _current: _Run | None = None
@@ -128,6 +132,7 @@ def install_run_hooks() -> str | None:
         None when both hooks are in place, else what no longer works and the way out.
     """
     from lmms_eval import evaluator
+    from lmms_eval.caching.response_cache import ResponseCache
     from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 
     way_out = "key-space files are not saved beside the results; name a folder with `--model_args keys_dir=FOLDER`"
@@ -143,19 +148,27 @@ def install_run_hooks() -> str | None:
         if not _accepts(save, "results", "samples", "datetime_str"):
             return f"EvaluationTracker.save_results_aggregated changed its signature: {way_out}"
         EvaluationTracker.save_results_aggregated = _hooked_save(save)
+    execute = getattr(ResponseCache, "execute", None)
+    if not hasattr(execute, _MARK):
+        if execute is None or not _accepts(execute, "lm", "reqtype", "requests"):
+            return "lmms_eval's ResponseCache.execute changed: what it answers is not captured; leave out --use_cache"
+        ResponseCache.execute = _hooked_execute(execute)
     return None
 
 
-def hand_over(data: RunData, keys_dir: Path | None) -> None:
-    """Take a finished run from a wrapper, to be saved with lmms-eval's results or at once under `keys_dir`.
+def hand_over(data: RunData, keys_dir: Path | None, *, rank: int = 0, hole: InputError | None = None) -> None:
+    """Take a run from a wrapper, to be saved with lmms-eval's results or at once under `keys_dir`.
 
     Args:
-        data: the run; its record's date is replaced by lmms-eval's.
+        data: the run, or what a process captured of one that died; its record's date is replaced by lmms-eval's.
         keys_dir: folder named by the user; the files are written there now, whatever lmms-eval does later.
+        rank: of the process; part of the files' names when it is not 0.
+        hole: an error to raise when lmms-eval's results are saved.
     """
     if _current is not None:
-        data = _dated(data, _current.date)
+        data = _dated(data, f"{_current.date}_rank{rank}" if rank else _current.date)
         _current.data = data
+        _current.hole = hole
     if keys_dir is not None:
         _write(keys_dir, data)
     elif _current is None:
@@ -177,24 +190,55 @@ def _hooked_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
         from lmms_eval.utils import get_datetime_str
 
         # simple_evaluate's own default is one date for the whole process.
-        date = bound.arguments.setdefault("datetime_str", get_datetime_str())
+        date = bound.arguments["datetime_str"] = of_rank_0(bound.arguments.get("datetime_str") or get_datetime_str())
         run = _Run(date=date.replace(":", "-"))
-        _prepare_output(bound.arguments, run)
-        _current = run
+        tracker = bound.arguments.get("evaluation_tracker")
+        by_command_line = bound.arguments.get("cli_args") is not None
         try:
-            results = original(*bound.args, **bound.kwargs)
-        except Exception:
-            # The harness saves nothing of a run that died; `run.data` is what the wrapper captured until then.
-            tracker = bound.arguments.get("evaluation_tracker")
+            with terminable():
+                _prepare_output(bound.arguments, run)
+                _current = run
+                results = original(*bound.args, **bound.kwargs)
+        except BaseException as error:
+            # lmms-eval saves nothing of a run that died; `run.data` is what the wrapper captured until then.
             if run.data is not None and tracker is not None and tracker.output_path:
-                _write(_folder_of(tracker), run.data)
+                with uninterrupted():
+                    _write(_folder_of(tracker), run.data)
+            if isinstance(error, Exception):
+                end_process(error, by_command_line=by_command_line)
             raise
         if results is not None and run.data is not None:
             results["keyspace"] = results_block(run.data)
+            if run.hole is not None:
+                _save_results(results, tracker, date)
+                end_process(run.hole, by_command_line=by_command_line)
+                raise run.hole
         return results
 
     setattr(simple_evaluate, _MARK, True)
     return simple_evaluate
+
+
+def _save_results(results: dict[str, Any], tracker: Any, date: str) -> None:
+    """Save results and samples as lmms-eval's command line does, which will not come to it."""
+    if tracker is None or not tracker.output_path:
+        return
+    samples = results.pop("samples", None)
+    tracker.save_results_aggregated(results=results, samples=samples, datetime_str=date)
+    for task, rows in (samples or {}).items():
+        tracker.save_results_samples(task_name=task, samples=rows)
+
+
+def _hooked_execute(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def execute(self: Any, lm: Any, reqtype: str, requests: list[Any]) -> Any:
+        if getattr(lm, "keyspace_model_name", None) not in MODEL_CLASSES or reqtype != "generate_until":
+            return original(self, lm, reqtype, requests)
+        with lm.expecting(requests):
+            return original(self, lm, reqtype, requests)
+
+    setattr(execute, _MARK, True)
+    return execute
 
 
 def _prepare_output(arguments: dict[str, Any], run: _Run) -> None:

@@ -226,7 +226,8 @@ class RunRecord(BaseModel):
     dtype: str
     attn_implementation: str
     quantization: str | None
-    batch_size: int
+    batch_size: int  # of one process
+    processes: int = 1
     processor_hash: str
     layers: list[int]
     n_kv_heads: dict[int, int]

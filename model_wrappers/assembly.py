@@ -37,8 +37,8 @@ def assemble(run: Observed, *, finished: bool = True) -> RunData:
     """Measure divergence for every task, condition and space, and put the run together.
 
     Args:
-        finished: False for a run that died: what was captured so far, unmeasured and without the reference pass; its
-            record says that it is not complete.
+        finished: False for a run that died: what this process captured so far, unmeasured and without the reference
+            pass; its record says that it is not complete.
     """
     capture = run.capture
     if capture is None:
@@ -172,12 +172,14 @@ def _record(run: Observed, bandwidths: Bandwidths, finished: bool) -> RunRecord:
         attn_implementation=arguments.attn_implementation,
         quantization=None,
         batch_size=run.batch_size,
+        processes=run.processes,
         processor_hash=_sha([loaded.processor.to_json_string(), str(loaded.processor.chat_template)]),
         layers=run.capture.layers if run.capture is not None else [],
         n_kv_heads={site.layer: site.n_kv_heads for site in run.decoder.sites},
         bandwidths=bandwidths,
         tasks=tasks,
         complete=finished
+        and run.whole
         and (run.capture is None or all(task.rows_selected == task.rows_captured for task in tasks.values())),
     )
 

@@ -6,10 +6,11 @@ subclasses only say what their name promises: an adapter, a bundled default.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -58,6 +59,7 @@ class KeyspaceVLM(lmms):
                 "(one million parameters, for tests and demonstrations)"
             )
         self._recorder = Recorder(self.loaded, self.arguments, model_name=self.keyspace_model_name)
+        self._expecting = False
 
     @property
     def batch_size(self) -> int:
@@ -77,20 +79,53 @@ class KeyspaceVLM(lmms):
         Raises:
             RuntimeError: the model failed; names the task and the documents. What was captured before is saved.
         """
-        if self.world_size > 1 and self.arguments.capture:
-            raise InputError(
-                "capture", "on", f"capture works in one process, this run has {self.world_size}; give capture=off"
-            )
+        if self._expecting:
+            return self._generate(read_requests(requests, self.task_dict, self.loaded.processor))
+        with self.expecting(requests) as read:
+            return self._generate(read)
+
+    @contextlib.contextmanager
+    def expecting(self, requests: list[Instance]) -> Iterator[list[Request]]:
+        """Plan a run before its first request is answered, by the model or by lmms-eval's cache.
+
+        `harness` opens this around lmms-eval's cache, else `generate_until` does. Every process of the run passes here
+        once, so this is where they tell each other their prompts and wait for each other.
+
+        Args:
+            requests: all of this process, those included that the cache will answer.
+
+        Raises:
+            InputError: the cache answered documents that the model must see. Where it answered all documents, the
+                error is left to `harness`, which raises it when lmms-eval's results are saved.
+        """
         read = read_requests(requests, self.task_dict, self.loaded.processor)
-        self._recorder.plan(read)
+        with self._kept():
+            self._recorder.plan(read)
+            self._expecting = True
+            try:
+                yield read
+            finally:
+                self._expecting = False
+            self._recorder.wait()
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Whatever ends the run inside, an interrupt too, what this process captured until then is saved."""
         try:
-            answers = self._answers(read)
-            if self.arguments.option_logprobs:
-                self._score_options([request for request in read if request.counted])
-        except Exception:
-            if self._recorder.observed.capture is not None:
-                harness.hand_over(assemble(self._recorder.observed, finished=False), self.arguments.keys_dir)
+            yield
+        except BaseException:
+            observed = self._recorder.observed
+            if observed.capture is not None and observed.tasks:
+                with harness.uninterrupted():
+                    partial = assemble(observed, finished=False)
+                    harness.hand_over(partial, self.arguments.keys_dir, rank=self._recorder.ranks.rank)
             raise
+
+    def _generate(self, requests: list[Request]) -> list[GenerationResult]:
+        self._recorder.receive(requests)
+        answers = self._answers(requests)
+        if self.arguments.option_logprobs:
+            self._score_options([request for request in requests if request.counted])
         return answers
 
     def _answers(self, requests: list[Request]) -> list[GenerationResult]:
@@ -163,6 +198,9 @@ class KeyspaceVLM(lmms):
                 raise
             except Exception as error:
                 raise RuntimeError(f"{names}: {type(error).__name__}: {error}") from error
+            except BaseException:
+                logger.error(f"stopped at {names}")
+                raise
         return done
 
     def _answer(self, settings: Settings, rows: Sequence[Request]) -> list[GenerationResult]:
@@ -185,9 +223,16 @@ class KeyspaceVLM(lmms):
         return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
     def clean(self) -> None:
-        """lmms-eval calls this after the last request: measure while the keys are held, hand over, free the model."""
+        """lmms-eval calls this after the last request: measure while the keys are held, hand over, free the model.
+
+        Rank 0 measures what all processes captured.
+        """
         if self._recorder.observed.tasks:
-            harness.hand_over(assemble(self._recorder.observed), self.arguments.keys_dir)
+            with self._kept():
+                self._recorder.merge()
+                if self._recorder.ranks.rank == 0:
+                    data = assemble(self._recorder.observed)
+                    harness.hand_over(data, self.arguments.keys_dir, hole=self._recorder.hole)
         del self._recorder, self.loaded
         super().clean()
 

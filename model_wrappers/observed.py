@@ -17,10 +17,10 @@ from lmms_keyspace.tokens import Prompt
 class ObservedTask:
     """One task: its prompts in document order, the sampled clusters, and counts over the captured rows."""
 
-    prompts: dict[int, Prompt]
-    chosen: frozenset[str]
+    prompts: dict[int, Prompt]  # of all processes of the run
     generator: str | None
     cluster_field: str | None
+    chosen: frozenset[str] = frozenset()
     rows_captured: int = 0
     token_counts: Counter[str] = field(default_factory=Counter)  # prompt tokens by label
     image_tokens: Counter[str] = field(default_factory=Counter)  # image tokens of a prompt -> prompts
@@ -44,6 +44,8 @@ class Observed:
     batch_size: int  # the smallest that was used
     tasks: dict[str, ObservedTask] = field(default_factory=dict)
     options: list[dict[str, Any]] = field(default_factory=list)  # rows of the options table
+    processes: int = 1
+    whole: bool = True  # no document that must be seen was answered from a cache
 
     @property
     def second_pass(self) -> bool:

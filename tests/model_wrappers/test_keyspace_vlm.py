@@ -12,7 +12,7 @@ from transformers import GenerationMixin
 
 from lmms_keyspace import embedded, harness
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.records import SCHEMA_VERSION
+from lmms_keyspace.records import ALL_HEADS, SCHEMA_VERSION
 
 LIMIT = 48
 
@@ -100,7 +100,7 @@ def test_the_record_is_whole_and_counts_what_was_captured(batch_of_8):
     assert (task.documents, task.clusters, task.rows_selected, task.rows_captured) == (LIMIT, 8, LIMIT, LIMIT)
     assert task.interpretable
     attention = batch_of_8[1].attention
-    assert len(attention) == LIMIT * 4
+    assert (attention["head_group"] == ALL_HEADS).sum() == LIMIT * 4
     masses = attention[[name for name in attention if name.startswith("mass_")]].sum(axis=1)
     assert np.allclose(masses, 1, atol=1e-5)
 
@@ -316,11 +316,3 @@ def test_an_adapter_of_another_model_or_rank_is_refused_before_the_model_loads(n
     folder = adapter(tmp_path, **changes)
     with pytest.raises(InputError, match=f"peft='{folder}'|peft="):
         evaluate("malora_llava", limit=6, model_args=f"peft={folder}")
-
-
-def test_capture_in_several_processes_is_refused(monkeypatch):
-    from lmms_keyspace.model_wrappers.keyspace_vlm import KeyspaceVLM
-
-    monkeypatch.setattr(KeyspaceVLM, "world_size", 2)
-    with pytest.raises(InputError, match="capture=off"):
-        evaluate("keyspace_llava", limit=6)
