@@ -8,11 +8,11 @@ multiple-choice rows are used. Documents hold no picture: it is read from the be
 from __future__ import annotations
 
 import ast
+import hashlib
 import logging
 import os
 import random
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.outcomes import BLANK, CONFLICT, IRRELEVANT, MATCH, MISMATCH, NO_IMAGE
+from lmms_keyspace.outcomes import BLANK, MISMATCH, NO_IMAGE
 from lmms_keyspace.tasks.groups import LETTERS
-from lmms_keyspace.tasks.metrics import probe_named
+from lmms_keyspace.tasks.hints import IMAGE_MARK, hints
+from lmms_keyspace.tasks.reported import probe_named
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,48 +33,7 @@ logger = logging.getLogger(__name__)
 
 DATA = "LMMS_KEYSPACE_DATA"  # environment variable: a folder that holds the data sets under their names on the hub
 
-_IMAGE_MARK = re.compile(r"<image (\d+)>")
-_LONGEST = 80  # characters of an option that a hint repeats beside its letter
 _GRAY = (128, 128, 128)
-
-
-@dataclass(frozen=True)
-class _Language:
-    frames: tuple[str, ...]
-    claim: str
-    letter_claim: str
-    fillers: tuple[str, ...]
-
-
-# No frame or filler holds a capital letter that stands alone: it could be taken for an option.
-_LANGUAGES = {
-    "en": _Language(
-        (
-            "One student says that {claim}.",
-            "Someone wrote that {claim}.",
-            "The note beside it says that {claim}.",
-            "According to the teacher, {claim}.",
-            "The study guide states that {claim}.",
-            "My friend told me that {claim}.",
-        ),
-        "the answer is {letter} ({option})",
-        "the answer is {letter}",
-        ("the library closes at six", "the bus leaves at noon", "the shop opens early"),
-    ),
-    "zh": _Language(
-        (
-            "有位同学说{claim}。",
-            "旁边的笔记写着{claim}。",
-            "老师提到{claim}。",
-            "参考书上说{claim}。",
-            "我朋友告诉我{claim}。",
-            "有人写道{claim}。",
-        ),
-        "答案是{letter} ({option})",
-        "答案是{letter}",
-        ("图书馆六点关门", "公交车中午出发", "商店早上很早开门"),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -141,8 +101,27 @@ def documents(benchmark: str, conditions: Sequence[str]) -> Iterator[dict[str, A
             len(kept),
             len(found),
         )
+    pictures = _picture_hashes(rows.select_columns(list(present)))
     for place, row, options in kept:
-        yield from _row_documents(benchmark, about, place, row, options, others.get(place, place), conditions)
+        shown = "".join(pictures[name][place] for name in _images_of(row, options))
+        cluster = hashlib.sha256(shown.encode()).hexdigest()[:16]
+        other = others.get(place, place)
+        for document in _row_documents(benchmark, about, place, row, options, other, conditions):
+            yield document | {"cluster": cluster}
+
+
+def _picture_hashes(pictures: Dataset) -> dict[str, list[str]]:
+    """sha256 of every picture's file by column, empty where there is none; no picture is decoded."""
+    from datasets import Image as Picture
+
+    for name in pictures.column_names:
+        pictures = pictures.cast_column(name, Picture(decode=False))
+
+    def sha(cell: dict[str, Any] | None) -> str:
+        content = (cell or {}).get("bytes") or str((cell or {}).get("path") or "").encode()
+        return hashlib.sha256(content).hexdigest() if content else ""
+
+    return {name: [sha(cell) for cell in pictures[name]] for name in pictures.column_names}
 
 
 def _row_documents(
@@ -157,16 +136,7 @@ def _row_documents(
     r = random.Random(f"{benchmark}/{row[about.id_field]}")
     gold = row["answer"]
     lure = r.choice([letter for letter in options if letter != gold])
-    words = _LANGUAGES[about.lang]
-    frame = r.choice(words.frames)
-    filler = r.choice(
-        [text for text in words.fillers if not _names(text, options.values(), about.lang)] or words.fillers
-    )
-    contexts = {
-        MATCH: frame.format(claim=_claim(words, gold, options[gold])),
-        CONFLICT: frame.format(claim=_claim(words, lure, options[lure])),
-        IRRELEVANT: frame.format(claim=filler),
-    }
+    contexts = hints(about.lang, options, gold, lure, r)
     for condition in conditions:
         shown = {BLANK: "gray", NO_IMAGE: "none", MISMATCH: f"{benchmark}#{other}"}.get(
             condition, f"{benchmark}#{place}"
@@ -292,7 +262,7 @@ def _changed_row(doc: Mapping[str, Any]) -> dict[str, Any]:
     row = _row(doc["benchmark"], doc["row"])
     condition = doc["condition"]
     if condition == NO_IMAGE:
-        row |= {field: _IMAGE_MARK.sub("[image]", row[field]) for field in ("question", "options") if field in row}
+        row |= {field: IMAGE_MARK.sub("[image]", row[field]) for field in ("question", "options") if field in row}
     names = _images_of(row, _options(row)) if condition in (BLANK, MISMATCH) else []
     if condition == BLANK:
         row |= {name: Image.new("RGB", row[name].size, _GRAY) for name in names}
@@ -316,7 +286,7 @@ def _images_of(row: Mapping[str, Any], options: Mapping[str, str]) -> list[str]:
     """Columns of the pictures that a row shows, in the stock task's order."""
     if "options" not in row:
         return ["image"]
-    marks = _IMAGE_MARK.findall(" ".join((row["question"], *options.values())))
+    marks = IMAGE_MARK.findall(" ".join((row["question"], *options.values())))
     return sorted({f"image_{mark}" for mark in marks})
 
 
@@ -324,19 +294,6 @@ def _family(about: Benchmark, row: Mapping[str, Any]) -> str:
     if about.family_field:
         return str(row[about.family_field])
     return str(row["id"]).split("_", 1)[-1].rsplit("_", 1)[0]
-
-
-def _claim(words: _Language, letter: str, option: str) -> str:
-    if len(option) > _LONGEST or _IMAGE_MARK.search(option):
-        return words.letter_claim.format(letter=letter)
-    return words.claim.format(letter=letter, option=option)
-
-
-def _names(text: str, options: Collection[str], lang: str) -> bool:
-    """Whether a text holds an option as a word of its own; Chinese does not part its words."""
-    if lang == "zh":
-        return any(option and option in text for option in options)
-    return any(re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text, re.IGNORECASE) for option in options if option)
 
 
 def _others(benchmark: str, about: Benchmark, usable: Sequence[tuple[int, Any, Any]]) -> dict[int, int]:

@@ -9,7 +9,9 @@ from pathlib import Path
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.store import read_samples
 from lmms_keyspace.tasks.aggregation import value_of
-from lmms_keyspace.tasks.metrics import PROBES, Metric, not_valid_for, summarize
+from lmms_keyspace.tasks.metrics import not_valid_for, summarize
+from lmms_keyspace.tasks.reported import PROBES
+from lmms_keyspace.tasks.rows import Metric
 
 
 @dataclass(frozen=True)

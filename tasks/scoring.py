@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmms_keyspace.outcomes import GOLD, LURE, OTHER, PARSE_FAIL, accuracy_of
-from lmms_keyspace.tasks import benchmarks, chinese_replies, metrics
+from lmms_keyspace.tasks import benchmarks, chinese_replies
 from lmms_keyspace.tasks.groups import LETTERS
+from lmms_keyspace.tasks.reported import PROBES
 from lmms_keyspace.tasks.rich.drawing import NUMBERS
+from lmms_keyspace.tasks.rows import Row
 
 _NUMERALS = {str(number): word for number, word in enumerate(NUMBERS, start=1)}
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)|[。\n]")
@@ -89,8 +91,9 @@ class Scoring:
         result = outcome(answer, doc["gold"], doc["lure"])
         correct = float(result == GOLD)
         stock = benchmarks.stock_correct(doc, results[0]) if "benchmark" in doc else None
-        row = metrics.Row(doc["group_id"], doc["family"], doc["condition"], result, answer, len(doc["pool"]), stock)
-        items: dict[str, Any] = dict.fromkeys(metrics.PROBES[self.probe].keys, row)
+        named = (doc[field] for field in ("group_id", "family", "condition"))
+        row = Row(*named, result, answer, len(doc["pool"]), stock, doc.get("cluster"))
+        items: dict[str, Any] = dict.fromkeys(PROBES[self.probe].keys, row)
         accuracy = accuracy_of(doc["condition"]).name
         if accuracy in items:
             # With a `score` the harness adds its own clustered standard error: only where that mean is the metric.
@@ -99,14 +102,20 @@ class Scoring:
         if "benchmark" not in doc:
             kept += ["image", "spec"]  # the recipe, from which a report draws the picture again
         reply = {"response": results[0], "correct": correct, "score": correct}
+        reply |= {f"{role}_option": _written(doc, doc[role]) for role in ("gold", "lure")}
         return row.fields() | {field: doc[field] for field in kept} | reply | items
 
 
 def __getattr__(probe: str) -> Scoring:
     """`!function lmms_keyspace.tasks.scoring.<probe>` of a task YAML."""
-    if probe not in metrics.PROBES:
+    if probe not in PROBES:
         raise AttributeError(f"module {__name__!r} has no attribute {probe!r}")
     return Scoring(probe)
+
+
+def _written(doc: dict[str, Any], word: str) -> str:
+    """An answer as a model should write it, and as the table of log-probabilities names it."""
+    return LETTERS[doc["options"].index(word)] if doc["options"] else word
 
 
 def _option(letter: str, options: Sequence[str]) -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import norm
 
 from lmms_keyspace import outcomes as o
+from lmms_keyspace import stats
 from lmms_keyspace.errors import InputError
 
 # One letter per group: g(old), l(ure), o(ther), p(arse fail).
@@ -178,3 +181,62 @@ def test_the_gate_belongs_to_the_probe(conditions, gate):
     assert o.gate_of(conditions) == gate
     wrong = o.outcomes_by_group(rows(dict.fromkeys(conditions, "oo"))).outcomes
     assert len(o.not_valid(wrong)) == len(gate)
+
+
+def test_differences_say_what_they_could_have_found():
+    groups = o.outcomes_by_group(rows()).outcomes
+    gain = o.measure(o.METRICS["vis_gain"], groups)  # 4 of 8 groups differ
+    assert gain.mde == pytest.approx((norm.ppf(0.975) + norm.ppf(0.8)) * (4 / 8 / 8) ** 0.5)
+    assert o.measure(o.METRICS["clean_acc"], groups).mde is None
+    same = o.outcomes_by_group(rows({"clean": "g" * 100, "blank": "g" * 100})).outcomes
+    # 100 equal groups do not rule out that 3.6 % differ: 1 - .025 ** (1 / 100)
+    assert o.measure(o.METRICS["vis_gain"], same).mde == pytest.approx(2.8016 * (0.03621 / 100) ** 0.5, rel=1e-3)
+
+
+def test_groups_that_share_a_picture_are_one_draw():
+    """Each of ten groups four times: the interval is about that of ten, not of forty."""
+    table = rows({"clean": "ggggggggoo" * 4, "blank": "gggooooooo" * 4})
+    groups = o.outcomes_by_group(table).outcomes
+    pictures = [int(name[1:]) % 10 for name in groups.index]
+    for name in ("clean_acc", "vis_gain"):
+        alone = o.measure(o.METRICS[name], groups)
+        shared = o.measure(o.METRICS[name], groups, pictures)
+        assert shared.value == alone.value
+        assert shared.n == alone.n
+        assert 1.5 < (shared.high - shared.low) / (alone.high - alone.low) < 2.2
+    assert shared.mde > 1.3 * alone.mde
+    equal = o.outcomes_by_group(rows({"clean": "gggg", "blank": "oooo"})).outcomes
+    two = o.measure(o.METRICS["vis_gain"], equal, ["a", "a", "b", "b"])
+    assert (two.value, two.high) == (1, 1)
+    assert two[1:3] == stats.matched_pairs(2, 0, 2)
+    assert o.measure(o.METRICS["clean_acc"], equal, ["a", "a", "b", "b"])[1:3] == stats.wilson(2, 2)
+
+
+def options(clean, blank, group="g0"):
+    return pd.DataFrame(
+        [
+            {"group_id": group, "condition": condition, "option": option, "logprob": np.log(p), "gold_option": "A",
+             "lure_option": "B"}
+            for condition, given in (("clean", clean), ("blank", blank))
+            for option, p in zip("ABC", given, strict=True)
+        ]
+    )  # fmt: skip
+
+
+def test_information_of_the_picture():
+    seen = options((0.4, 0.2, 0.2), (0.1, 0.3, 0.1))  # normalized 1/2, 1/4, 1/4 and 1/5, 3/5, 1/5
+    by_group = o.information_by_group(seen)
+    expected = {
+        "pmi_gold": np.log(4),
+        "pmi_lure": np.log(2 / 3),
+        "kl_blank": 0.5 * np.log(2.5) + 0.25 * np.log(0.25 / 0.6) + 0.25 * np.log(0.25 / 0.2),
+    }
+    assert by_group.loc["g0"].to_dict() == pytest.approx(expected)
+    assert set(expected) == set(o.INFORMATION)
+    nothing = options((0.1, 0.3, 0.1), (0.1, 0.3, 0.1), "g1")
+    measured = o.measure_information(o.information_by_group(pd.concat([seen, nothing])))
+    assert measured["pmi_gold"].value == pytest.approx(np.log(4) / 2)
+    assert measured["pmi_gold"].n == 2
+    assert measured["kl_blank"].low == 0
+    assert o.information_by_group(nothing[nothing["condition"] == "clean"]).empty
+    assert o.measure_information(by_group) == {}

@@ -16,9 +16,9 @@ from fake_model import Fake, expect, run
 from lmms_eval.tasks.mmmu import utils as stock_mmmu
 
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.tasks import benchmarks, metrics
+from lmms_keyspace.tasks import benchmarks, metrics, reported
 
-FULL = metrics.PROBES["benchmark_full"].conditions
+FULL = reported.PROBES["benchmark_full"].conditions
 KWARGS = {"prompt_type": "format", "multiple_choice_prompt": "One letter.", "open_ended_prompt": "One word."}
 # Plain rows 0, 2 and 4; of the awkward ones all but the one whose second picture is missing.
 MMMU_ROWS = ["Accounting_0", "Accounting_2", "Accounting_4", "Music_10", "Music_12", "Music_14", "Art_Theory_16",

@@ -17,7 +17,7 @@ from scipy import stats
 from lmms_keyspace import scenes
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.outcomes import CONDITIONS
-from lmms_keyspace.tasks import documents, metrics
+from lmms_keyspace.tasks import documents, reported
 from lmms_keyspace.tasks.groups import LETTERS
 
 FOLDER = documents.__file__.rsplit("/", 1)[0] + "/textbias_probe"
@@ -220,6 +220,6 @@ def test_the_guide_shows_a_real_group_and_names_every_metric() -> None:
         assert line.endswith(f"| {doc['prompt'].splitlines()[0]} |")
         assert {"scene": "the scene", "none": "none", "blank": "plain gray"}[doc["image"]] in line
     named = set(re.findall(r"`(\w+)`", guide))
-    for probe in metrics.PROBES.values():
+    for probe in reported.PROBES.values():
         families = {f"{name}_{family}" for name in ("clean_acc", "valid") for family in probe.families}
-        assert {*probe.intervals, *probe.facts, metrics.NOT_VALID_FOR} - families <= named
+        assert {*probe.intervals, *probe.facts, reported.NOT_VALID_FOR} - families <= named

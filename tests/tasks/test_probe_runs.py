@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_model import FOLDER, expect, run
 
-from lmms_keyspace.tasks import metrics, probes
+from lmms_keyspace.tasks import metrics, probes, reported
 
 QUICK = {name: f"{name}_quick" for name in probes.NAMES}
 
@@ -133,7 +133,7 @@ def test_a_model_that_ignores_all_writing_is_not_the_best() -> None:
 
 
 @pytest.mark.parametrize(
-    ("probe", "per_group"), [(name, len(metrics.PROBES[name].conditions)) for name in probes.NAMES]
+    ("probe", "per_group"), [(name, len(reported.PROBES[name].conditions)) for name in probes.NAMES]
 )
 def test_any_limit_and_the_samples_hold_every_metric(probe: str, per_group: int) -> None:
     results, samples, _ = run(looker, QUICK[probe], limit=per_group * 5 + 1)
@@ -144,8 +144,9 @@ def test_any_limit_and_the_samples_hold_every_metric(probe: str, per_group: int)
         for sample in samples
     ]
     again = metrics.summarize((json.loads(line) for line in reversed(lines)), probe)
-    for name in metrics.PROBES[probe].intervals:
-        assert again[name] == tuple(results[name + suffix] for suffix in ("", "_ci_lo", "_ci_hi", "_n"))
+    for name in reported.PROBES[probe].intervals:
+        assert again[name][:4] == tuple(results[name + suffix] for suffix in ("", "_ci_lo", "_ci_hi", "_n"))
+        assert again[name].mde == results.get(f"{name}_mde")
     shortest, _, _ = run(looker, QUICK[probe], limit=1)
     expect(shortest, groups=0, groups_dropped=1, parse_fail=None)
 

@@ -16,7 +16,7 @@ from PIL import ImageChops
 import lmms_keyspace.tasks
 from lmms_keyspace import outcomes, scenes
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.tasks import documents, metrics, pictures, probes
+from lmms_keyspace.tasks import documents, pictures, probes, reported
 
 FOLDER = Path(lmms_keyspace.tasks.__file__).parent
 SETTINGS = {path.stem: json.loads(path.read_text()) for name in probes.NAMES for path in FOLDER.glob(f"{name}/*.jsonl")}
@@ -57,7 +57,7 @@ def test_groups_are_whole_consecutive_and_ask_for_what_can_be_answered(probe: st
     groups = groups_of(probe)
     assert len(groups) == 60
     for group in groups:
-        assert tuple(group) == metrics.PROBES[probe].conditions
+        assert tuple(group) == reported.PROBES[probe].conditions
         for doc in group.values():
             assert doc["gold"] != doc["lure"]
             assert {doc["gold"], doc["lure"]} <= set(doc["pool"])

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from lmms_keyspace.cli import app
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.tasks import metrics
+from lmms_keyspace.tasks import reported
 from lmms_keyspace.tasks.rescore import probe_of, rescore
 
 
@@ -50,7 +50,7 @@ def test_the_metrics_are_those_of_the_harness(task: str, tmp_path: Path) -> None
 
 
 def test_every_probe_is_known_by_its_columns() -> None:
-    for name, probe in metrics.PROBES.items():
+    for name, probe in reported.PROBES.items():
         assert probe_of(["doc_id", "group_id", *probe.keys]) == name
     assert probe_of(["doc_id", "mmmu_acc"]) is None
 

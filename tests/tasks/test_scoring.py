@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmms_keyspace import scenes
-from lmms_keyspace.tasks import documents, metrics, scoring
+from lmms_keyspace.tasks import documents, reported, scoring
 from lmms_keyspace.tasks.groups import LETTERS
 
 COLORS = scenes.POOLS["color"]
@@ -107,7 +107,7 @@ def test_a_scored_document(form: str) -> None:
         assert (right["outcome"], right["correct"], right["score"], right["answer"]) == ("gold", 1.0, 1.0, doc["gold"])
         assert (wrong["outcome"], wrong["correct"], wrong["score"], wrong["answer"]) == ("lure", 0.0, 0.0, doc["lure"])
         assert wrong["response"] == said(doc, doc["lure"])
-        keys = metrics.PROBES["textbias_probe"].keys
+        keys = reported.PROBES["textbias_probe"].keys
         assert set(keys) <= set(right)
         scored = [key for key in keys if isinstance(right[key], dict)]
         expected = {"text_only_conflict": [], "blank": ["blind_acc"]}.get(doc["condition"], [f"{doc['condition']}_acc"])
