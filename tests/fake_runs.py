@@ -22,6 +22,7 @@ from lmms_keyspace.records import (
     RunRecord,
     TaskRecord,
 )
+from lmms_keyspace.scenes import CANVAS, PALETTE
 from lmms_keyspace.store import write_run
 
 TASK = "textbias_probe"
@@ -130,9 +131,17 @@ def _samples(run: FakeRun) -> pd.DataFrame:
                     "score": float(outcome == "gold"),
                     "question": "What color is the circle?",
                     "context": context,
+                    "image": {"blank": "blank", "text_only_conflict": "none"}.get(condition, "scene"),
+                    "spec": _spec(gold),
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _spec(color: str) -> str:
+    """The recipe of a scene with one circle."""
+    circle = {"color": color, "shape": "circle", "x": 168, "y": 168, "radius": 60, "rgb": PALETTE[color]}
+    return json.dumps({"canvas": CANVAS, "background": 61, "objects": [circle]})
 
 
 def _data(run: FakeRun, samples: pd.DataFrame) -> RunData:
@@ -237,7 +246,8 @@ def _attention(run: FakeRun, samples: pd.DataFrame) -> pd.DataFrame:
                     **{f"n_{segment}": counts.get(segment, 0) for segment in SEGMENTS},
                     **{f"mass_{segment}": masses[segment] for segment in SEGMENTS},
                     "image_over_uniform": 1.0 if has_image else np.nan,
-                    "qk_visual": 0.5,
+                    # From layer 1 on, right answers go with a higher advantage; the rest is equal in every run.
+                    "qk_visual": 0.5 + 0.2 * layer * (doc.outcome == "gold") + 0.5 * np.sin(doc.doc_id * 7.0 + layer),
                     "qk_text": 0.7,
                     "lse_visual": 2.5,
                     "lse_text": 2.6,
