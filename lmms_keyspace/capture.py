@@ -114,7 +114,7 @@ class Capture:
             yield
         recording.finish()
         self._checked = True
-        self._tokens.add(rows, padded, recording)
+        self._tokens.add(rows, recording)
         self._attention.add(rows, kinds, last_queries.measures(self.layers))
 
     @contextmanager
@@ -133,7 +133,7 @@ class Capture:
         with self._model.disable_adapter(), recording.installed():
             yield
         recording.finish()
-        self._reference.add(rows, padded, recording)
+        self._reference.add(rows, recording)
 
     def _recording(
         self, rows: Sequence[Row], padded: Padded, last_queries: LastQueries | None, *, self_check: bool

@@ -21,12 +21,14 @@ from lmms_keyspace.families import KeySite
 from lmms_keyspace.last_query import MEASURES
 from lmms_keyspace.recording import CaptureError, Padded, Recording
 from lmms_keyspace.records import ALL_HEADS, ATTENTION_COLUMNS, MODALITIES, SEGMENTS, TEXT, TOKEN_COLUMNS, VISUAL
-from lmms_keyspace.sampling import hash64, mix64
+from lmms_keyspace.sampling import hash64, mix64, mixed_positions
 from lmms_keyspace.tokens import Prompt, TokenLabels
 
 Columns = dict[str, np.ndarray]
 # Brings the tensors `[n, ...]` of all processes, n unequal, to one of them, in order; the others get an empty list.
 Gather = Callable[[torch.Tensor], list[torch.Tensor]]
+# Rows wait with their labels until they have this many tokens together.
+_PENDING_TOKENS = 1 << 18
 _SIDES = np.array([MODALITIES.index(VISUAL), MODALITIES.index(TEXT)])
 
 
@@ -79,6 +81,8 @@ class TokenStore:
         self._documents: list[Document] = []  # of the rows with captured tokens
         self._images: list[str] = [""]  # their image hashes
         self._columns: list[Columns] = []
+        self._pending: list[_Batch] = []
+        self._pending_tokens = 0
         self._table: pd.DataFrame | None = None
         self._vectors: dict[tuple[str, int], list[torch.Tensor]] = defaultdict(list)
 
@@ -88,16 +92,30 @@ class TokenStore:
             if (row.prompt.task, row.prompt.doc_id) in self.documents:
                 raise CaptureError(f"{row.prompt.task} document {row.prompt.doc_id} was captured already")
 
-    def add(self, rows: Sequence[Row], padded: Padded, recording: Recording) -> None:
+    def add(self, rows: Sequence[Row], recording: Recording) -> None:
         """Take a finished batch."""
         self.documents.update((row.prompt.task, row.prompt.doc_id) for row in rows)
-        if not recording.rows.size:
+        chosen = [row for row in rows if row.positions.size]
+        if not chosen:
             return
         self._table = None
-        images = [sha for row in rows for sha in row.prompt.image_shas]
-        self._append([row.document for row in rows], images, _token_columns(rows, padded, recording))
+        self._pending.append(_Batch(chosen, recording.rotary_positions(), recording.sinks()))
+        self._pending_tokens += sum(row.labels.size for row in chosen)
+        if self._pending_tokens > _PENDING_TOKENS:
+            self._settle()
         for key, values in recording.vectors().items():
             self._vectors[key].append(values)
+
+    def _settle(self) -> None:
+        """Make columns of the batches that wait; many at once, because each array operation has a price."""
+        if not self._pending:
+            return
+        rows = [row for batch in self._pending for row in batch.rows]
+        rotary = np.concatenate([batch.rotary for batch in self._pending], axis=1)
+        columns = _token_columns(rows, rotary, np.concatenate([batch.sinks for batch in self._pending]))
+        self._pending.clear()
+        self._pending_tokens = 0
+        self._append([row.document for row in rows], [sha for row in rows for sha in row.prompt.image_shas], columns)
 
     def _append(self, documents: Sequence[Document], images: Sequence[str], columns: Columns) -> None:
         columns["document"] += len(self._documents)
@@ -112,6 +130,7 @@ class TokenStore:
         Args:
             none: (space, layer) -> vectors `[0, heads, d]`, for a process that captured nothing.
         """
+        self._settle()
         names = _gathered_json(gather, [sorted(self.documents), self._documents, self._images[1:]])
         columns = {name: _gathered(gather, values) for name, values in _joined(self._columns).items()}
         vectors = {key: gather(self._joined_vectors(*key) if key in self._vectors else none[key]) for key in none}
@@ -130,6 +149,7 @@ class TokenStore:
         """`records.TOKEN_COLUMNS`, ordered by task, condition, cluster, document and position; the extra column
         `stored` is the place among the vectors."""
         if self._table is None:
+            self._settle()
             columns = _joined(self._columns)
             order = np.lexsort((columns["position"], _ranks(self._documents)[columns["document"]]))
             columns = {name: values[order] for name, values in columns.items()}
@@ -165,6 +185,14 @@ class TokenStore:
             for layer in layers
         ]
         return np.mean([norm.cpu().numpy() for norm in norms], axis=0) if norms else np.empty(0)
+
+
+class _Batch(NamedTuple):
+    """Rows with captured tokens, N in all, and what the model said of these."""
+
+    rows: Sequence[Row]
+    rotary: np.ndarray  # [3, N]
+    sinks: np.ndarray  # [N]
 
 
 class AttentionStore:
@@ -271,19 +299,19 @@ _CAPTURED = {
 }
 
 
-def _token_columns(rows: Sequence[Row], padded: Padded, recording: Recording) -> Columns:
-    """`_CAPTURED` of the captured tokens of a batch, in the order of its vectors.
+def _token_columns(rows: Sequence[Row], rotary: np.ndarray, sinks: np.ndarray) -> Columns:
+    """`_CAPTURED` of the captured tokens of some rows, in the order of their vectors.
 
-    `document` is the place of the row in the batch; `image` counts the batch's images from 1, 0 is none, and a text
-    token carries the first image of its prompt.
+    `document` is the place of the row; `image` counts the rows' images from 1, 0 is none, and a text token carries the
+    first image of its prompt.
     """
-    row, position = recording.rows, recording.columns - padded.padding[recording.rows]
+    row = np.repeat(np.arange(len(rows)), [row.positions.size for row in rows])
+    position = np.concatenate([row.positions for row in rows])
     starts = np.cumsum([0, *(row.input_ids.size for row in rows)])[:-1]
     flat = starts[row] + position
     shown = np.array([len(row.prompt.image_shas) for row in rows])
     image_index = np.concatenate([row.labels.image_index for row in rows])[flat]
     first_image = np.cumsum(shown) - shown + 1
-    rotary = recording.rotary_positions()
     columns = {
         "document": row,
         "image": np.where(shown[row] > 0, first_image[row] + np.maximum(image_index, 0), 0),
@@ -298,7 +326,7 @@ def _token_columns(rows: Sequence[Row], padded: Padded, recording: Recording) ->
         "grid_row": np.concatenate([row.labels.grid_row for row in rows])[flat],
         "grid_column": np.concatenate([row.labels.grid_column for row in rows])[flat],
         "token_id": np.concatenate([row.input_ids for row in rows])[flat],
-        "sink": recording.sinks(),
+        "sink": sinks,
     }
     return {name: columns[name].astype(kind) for name, kind in _CAPTURED.items()}
 
@@ -312,7 +340,7 @@ def prefix_hashes(rows: Sequence[Row]) -> np.ndarray:
     starts = np.cumsum([0, *sizes])[:-1]
     positions = np.arange(sum(sizes)) - np.repeat(starts, sizes)
     ids = np.concatenate([row.input_ids for row in rows])
-    terms = mix64(mix64(positions.astype(np.uint64)) + ids.astype(np.uint64))
+    terms = mix64(mixed_positions(positions) + ids.astype(np.uint64))
     for row, start in zip(rows, starts, strict=True):
         for number, sha in enumerate(row.prompt.image_shas):
             begun = np.flatnonzero(row.labels.image_index >= number)[:1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 
@@ -33,6 +34,18 @@ def mix64(values: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
+def mixed_positions(positions: np.ndarray) -> np.ndarray:
+    """`mix64` of positions, looked up."""
+    if not positions.size:
+        return np.empty(0, np.uint64)
+    return np.asarray(_mixed(1 << int(positions.max()).bit_length())[positions])
+
+
+@lru_cache(maxsize=32)
+def _mixed(size: int) -> np.ndarray:
+    return mix64(np.arange(size, dtype=np.uint64))
+
+
 class Sampler:
     """Bottom-k sampling of clusters in a task and of tokens in a document.
 
@@ -52,6 +65,7 @@ class Sampler:
         self.seed = seed
         self.clusters = clusters
         self.tokens = tokens
+        self._patches: dict[tuple[str, str, int], np.ndarray] = {}  # conditions of a cluster show equal images
 
     def choose_clusters(self, task: str, clusters: Iterable[str]) -> frozenset[str]:
         """The clusters of a task to capture; names may repeat and come in any order."""
@@ -67,7 +81,7 @@ class Sampler:
         """
         positions = np.sort(np.asarray(positions, dtype=np.int64))
         base = np.uint64(hash64(self.seed, task, cluster, modality))
-        order = np.argsort(mix64(mix64(positions.astype(np.uint64)) ^ base), kind="stable")
+        order = np.argsort(mix64(mixed_positions(positions) ^ base), kind="stable")
         return np.sort(positions[order[: self.tokens]])
 
     def choose_positions(self, task: str, cluster: str, labels: TokenLabels) -> np.ndarray:
@@ -80,6 +94,9 @@ class Sampler:
         is_visual = labels.modality_codes == MODALITIES.index(VISUAL)
         visual, others = np.flatnonzero(is_visual), np.flatnonzero(~is_visual)
         text = np.flatnonzero(labels.modality_codes[others] == MODALITIES.index(TEXT))
-        patches = self.choose_tokens(task, cluster, VISUAL, np.arange(visual.size))
+        name = (task, cluster, visual.size)
+        if name not in self._patches:
+            self._patches[name] = self.choose_tokens(task, cluster, VISUAL, np.arange(visual.size))
+        patches = self._patches[name]
         words = self.choose_tokens(task, cluster, TEXT, text)
         return np.sort(np.concatenate([visual[patches], others[words]]))

@@ -41,6 +41,7 @@ class Request:
     text: str  # the chat template's output, one placeholder per image
     content: tuple[str, ...]  # the messages' own text parts, in order
     options: tuple[str, ...]  # answers whose log-probability may be asked for
+    image_sha: str  # of the picture, where the document names it; else empty
     generation_kwargs: Mapping[str, Any]
     counted: bool  # False for the harness's padding clones and for repeats of a request
     messages: Callable[[], ChatMessages]
@@ -73,7 +74,8 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> Re
 
     A task's metadata may hold a `keyspace` block that names document fields: `cluster`, `condition`, `options` (a list
     of answers), and `segments` (segment -> field); see docs/probes.md. Without one every document is a cluster of its
-    own, and `options` is the field of that name if it holds a list.
+    own, and `options` is the field of that name if it holds a list. With one, the field `image_sha`, if there is one,
+    is taken for the hash of the document's picture.
 
     Raises:
         InputError: the task shows videos or audio, or its `keyspace` block names a field that documents lack.
@@ -109,6 +111,7 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> Re
         text=text,
         content=content,
         options=tuple(map(str, options)) if isinstance(options, list) else (),
+        image_sha=str(doc.get("image_sha") or "") if declared else "",
         generation_kwargs=generation_kwargs,
         counted="__padding_only__" not in (instance.metadata or {}),
         messages=messages,
