@@ -1,9 +1,10 @@
-"""Watch one run: label the prompts, draw the sample, observe every batch."""
+"""Watch one run: label the prompts, draw the sample, observe every batch, bring the processes together."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,8 +18,10 @@ from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import decoder_sites
 from lmms_keyspace.model_wrappers.arguments import AUTO_BATCH_SIZE, Arguments
 from lmms_keyspace.model_wrappers.loading import Loaded
+from lmms_keyspace.model_wrappers.merging import merge, shared
 from lmms_keyspace.model_wrappers.observed import Observed, ObservedTask
 from lmms_keyspace.model_wrappers.prompts import Request
+from lmms_keyspace.model_wrappers.ranks import Ranks
 from lmms_keyspace.records import VISUAL
 from lmms_keyspace.sampling import Sampler
 from lmms_keyspace.tokens import Labeler, Prompt
@@ -27,7 +30,9 @@ _NO_POSITIONS = np.empty(0, np.int64)
 
 
 class Recorder:
-    """Fills `observed`: `plan` takes all requests before the first forward pass, `batch` wraps every `generate`."""
+    """Fills `observed`: `plan` takes all requests before the first forward pass, `receive` those that are left to
+    answer, `batch` wraps every `generate`, `merge` brings what all processes saw to rank 0.
+    """
 
     def __init__(self, loaded: Loaded, arguments: Arguments, *, model_name: str) -> None:
         decoder = decoder_sites(loaded.model)
@@ -37,6 +42,10 @@ class Recorder:
             capture = Capture(loaded.model, decoder, spaces=arguments.spaces, layers=layers)
         batch_size = arguments.batch_size or AUTO_BATCH_SIZE
         self.observed = Observed(loaded, arguments, model_name, decoder, capture, batch_size)
+        self.ranks = Ranks()
+        self.hole: InputError | None = None  # what to say when lmms-eval's cache answered every document
+        self._wanted: set[tuple[str, int]] = set()
+        self._received = False
         self._sampler = Sampler(
             seed=arguments.seed, clusters=arguments.capture_clusters, tokens=arguments.capture_tokens
         )
@@ -45,19 +54,25 @@ class Recorder:
         )
 
     def plan(self, requests: Sequence[Request]) -> None:
-        """Label every prompt and draw the sample, from all requests at once, and say what memory it will take.
+        """Label every prompt and draw the sample, from the requests of all processes, and say what memory it will take.
+
+        Args:
+            requests: all of this process. The other processes must call this too.
 
         Raises:
             InputError: a task's prompts come in pieces, so that labels would depend on how the run was cut.
         """
+        self.ranks = Ranks()  # lmms-eval may have started its processes after the model was loaded
         by_task: dict[str, dict[int, Request]] = defaultdict(dict)
         for request in requests:
             if request.counted:
                 by_task[request.task][request.doc_id] = request
         tasks, capture = self.observed.tasks, self.observed.capture
         again = sorted(tasks.keys() & by_task.keys())
-        if again and capture is not None:
-            raise InputError("capture", "on", f"the prompts of {again[0]} come in several calls; give capture=off")
+        if again and (capture is not None or self.ranks.size > 1):
+            way_out = f"the prompts of {again[0]} come in several calls; give capture=off, and run in one process"
+            raise InputError("capture", "on" if capture else "off", way_out)
+        own: dict[str, ObservedTask] = {}
         for name, members in by_task.items():
             prompts = {
                 doc_id: Prompt(
@@ -72,15 +87,23 @@ class Recorder:
                 for doc_id, request in sorted(members.items())
             }
             first = next(iter(members.values()))
-            tasks[name] = ObservedTask(
-                prompts=prompts,
-                chosen=self._sampler.choose_clusters(name, [prompt.cluster for prompt in prompts.values()]),
-                generator=first.generator,
-                cluster_field=first.cluster_field,
-            )
+            own[name] = ObservedTask(prompts, first.generator, first.cluster_field)
+        self.observed.processes = self.ranks.size
+        for name, task in shared(own, self.ranks).items():
+            task.chosen = self._sampler.choose_clusters(name, [prompt.cluster for prompt in task.prompts.values()])
+            tasks[name] = task
+        self._wanted = {
+            (name, doc_id)
+            for name, task in own.items()
+            for doc_id, prompt in task.prompts.items()
+            if self.observed.arguments.option_logprobs or (capture is not None and prompt.cluster in tasks[name].chosen)
+        }
+        self._received = False
         if capture is None:
             return
         self._labeler.fit([prompt for task in tasks.values() for prompt in task.prompts.values()])
+        if self.ranks.rank != 0:
+            return
         for name, note in self._labeler.notes.items():
             logger.warning(f"{name}: {note}")
         selected = sum(task.rows_selected() for task in tasks.values())
@@ -94,6 +117,46 @@ class Recorder:
             f"capture: {selected} documents of {len(tasks)} task(s), layers {capture.layers}, "
             f"at most {memory / 1e6:.1f} MB on {self.observed.loaded.device}"
         )
+
+    def receive(self, requests: Sequence[Request]) -> None:
+        """Look, before the first forward pass, for documents that must be seen and that lmms-eval's cache answered.
+
+        Args:
+            requests: all that the model will answer in this process.
+
+        Raises:
+            InputError: there are such documents, in this process or in another. Where the cache answered every document
+                of the run, nothing is lost by going on: the error is kept as `hole`.
+        """
+        self._received = True
+        received = {(request.task, request.doc_id) for request in requests if request.counted}
+        mine = {"received": len(received), "missing": sorted(self._wanted - received)}
+        found = [json.loads(part) for part in self.ranks.share(json.dumps(mine).encode())]
+        missing = [document for part in found for document in part["missing"]]
+        if not missing:
+            return
+        task, doc_id = missing[0]
+        error = InputError(
+            "use_cache",
+            f"{task}, document {doc_id}",
+            f"lmms-eval's cache holds the answers of {len(missing)} documents that the model must see, so nothing "
+            "would be captured of them; leave out --use_cache, name a fresh cache folder, or give capture=off and "
+            "option_logprobs=off",
+        )
+        if any(part["received"] for part in found):
+            raise error
+        self.observed.whole = False
+        self.hole = error
+
+    def wait(self) -> None:
+        """Wait until all processes have answered their requests; an error where one of them ended before."""
+        if not self._received:  # the model was not asked: lmms-eval's cache had every answer
+            self.receive([])
+        self.ranks.share(b"")
+
+    def merge(self) -> None:
+        """Bring what all processes saw to rank 0; all of them must call this."""
+        merge(self.observed, self.ranks)
 
     @contextlib.contextmanager
     def batch(self, requests: Sequence[Request], images: Sequence[list[Any]], inputs: Any) -> Iterator[None]:
