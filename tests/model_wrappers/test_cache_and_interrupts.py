@@ -61,7 +61,7 @@ def test_an_error_while_measuring_leaves_the_keys(monkeypatch, tmp_path):
     def broken(*args, **kwargs):
         raise RuntimeError("cannot measure")
 
-    monkeypatch.setattr("lmms_keyspace.model_wrappers.assembly.measure_run", broken)
+    monkeypatch.setattr("lmms_keyspace.model_wrappers.assembly.Measuring", broken)
     with pytest.raises(RuntimeError, match="cannot measure"):
         evaluate("keyspace_llava", tmp_path, limit=6)
     record = json.loads((tmp_path / f"{DATE}_keyspace.json").read_text())
