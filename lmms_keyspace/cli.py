@@ -82,6 +82,26 @@ def _exit_if_left_out(reasons: Sequence[str]) -> None:
 
 
 @app.command()
+def leaderboard(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders of lmms-eval, or folders above them.")],
+    columns: Annotated[
+        str | None, typer.Option("--columns", help="Metrics, separated by commas, each as metric or task:metric.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for HTML, Markdown and CSV.")] = None,
+) -> None:
+    """One row per model and adapter, with intervals and ranks; Markdown unless --out is given."""
+    from lmms_keyspace.reports import leaderboard as ranked
+    from lmms_keyspace.reports.leaderboard_output import leaderboard_markdown, write_leaderboard
+
+    board = ranked(runs, [name.strip() for name in columns.split(",") if name.strip()] if columns else [])
+    if out is None:
+        typer.echo(leaderboard_markdown(board), nl=False)
+    else:
+        for path in write_leaderboard(board, out):
+            typer.echo(path)
+
+
+@app.command()
 def gate(
     baseline: Annotated[
         Path | None, typer.Option("--baseline", help="Run folder, or a baseline file that --freeze wrote.")

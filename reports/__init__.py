@@ -2,6 +2,7 @@
 
 from lmms_keyspace.reports.compare import Comparison, compare
 from lmms_keyspace.reports.gate import GateResult, MetricVerdict, gate
+from lmms_keyspace.reports.leaderboard import Leaderboard, leaderboard
 from lmms_keyspace.reports.load import Run, Runs, load_runs
 from lmms_keyspace.reports.policy import MetricRule, Policy, load_policy
 from lmms_keyspace.reports.report import write_report
@@ -10,6 +11,7 @@ from lmms_keyspace.reports.terminal import render_comparison
 __all__ = [
     "Comparison",
     "GateResult",
+    "Leaderboard",
     "MetricRule",
     "MetricVerdict",
     "Policy",
@@ -17,6 +19,7 @@ __all__ = [
     "Runs",
     "compare",
     "gate",
+    "leaderboard",
     "load_policy",
     "load_runs",
     "render_comparison",

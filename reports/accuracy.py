@@ -37,9 +37,9 @@ COMPARED = (
 )
 
 
-def probe_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
-    """The compared metrics of a probe, as far as the outcomes allow."""
-    for metric in (METRICS[name] for name in COMPARED):
+def probe_rows(task: str, runs: Sequence[Run], names: Sequence[str] = COMPARED) -> Iterator[Row]:
+    """The named metrics of a probe, as far as the outcomes allow."""
+    for metric in (METRICS[name] for name in names):
         base: pd.DataFrame | None = None
         for run in runs:
             if task not in run.probes or (own := measure(metric, run.probes[task].outcomes)) is None:

@@ -75,6 +75,16 @@ def mismatches(base: Fingerprint, run: Fingerprint) -> list[str]:
     return found
 
 
+def other_benchmark(task: str, base: TaskFingerprint, run: TaskFingerprint) -> list[str]:
+    """Every reason why two models were not asked the same; prompts and image tokens are each model's own."""
+    found = [*_differing(f"{task} version", base.version, run.version)]
+    found += _differing(f"{task} generator", base.generator, run.generator)
+    found += _differing(f"{task} documents", base.documents, run.documents)
+    for name in sorted(base.settings.keys() & run.settings.keys()):
+        found += _differing(f"{task} {name}", base.settings[name], run.settings[name])
+    return found
+
+
 def remarks(base: Fingerprint, run: Fingerprint) -> list[str]:
     """What may move values slightly, or is the very thing that a user compares: said, not refused."""
     return [
@@ -102,15 +112,12 @@ def _task(task: str, results: Mapping[str, Any], documents: int | None, record: 
 
 
 def _differing_tasks(task: str, base: TaskFingerprint, run: TaskFingerprint) -> Iterator[str]:
-    yield from _differing(f"{task} version", base.version, run.version)
-    yield from _differing(f"{task} generator", base.generator, run.generator)
-    for name in sorted(base.settings.keys() & run.settings.keys()):
-        yield from _differing(f"{task} {name}", base.settings[name], run.settings[name])
     prompts = _short(base.prompt_hash), _short(run.prompt_hash)
     yield from _differing(f"{task} prompt hash (wording, order or --limit)", *prompts)
     yield from _differing(f"{task} image tokens", base.image_tokens, run.image_tokens)
-    if None in prompts:
-        yield from _differing(f"{task} documents", base.documents, run.documents)
+    # Where the prompts are known to agree, so does their number; samples may not have been logged.
+    documents = base.documents if None in prompts else None
+    yield from other_benchmark(task, base.model_copy(update={"documents": documents}), run)
 
 
 def _differing(what: str, of_base: object, of_run: object) -> list[str]:

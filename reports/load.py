@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -133,17 +133,27 @@ def open_runs(paths: Sequence[Path | str]) -> list[Run | InputError]:
 
     Raises InputError when no path is given.
     """
+    found = list(each_run(paths))
+    names = iter(labels([run for run in found if isinstance(run, LoadedRun)]))
+    return [run if isinstance(run, InputError) else Run(next(names), run) for run in found]
+
+
+def each_run(paths: Sequence[Path | str]) -> Iterator[LoadedRun | InputError]:
+    """The runs at `paths`, one after the other, so that not all must be held; where one cannot be read, its error.
+
+    Raises InputError when no path is given.
+    """
     if not paths:
         raise InputError("runs", [], "name at least one run folder")
-    found: dict[RunFiles | Path, LoadedRun | InputError] = {}
+    seen: set[RunFiles] = set()
     for path in map(Path, paths):
         try:
-            for files in _newest_of_each_model(path):
-                found[files] = _loaded(files)
+            found = [files for files in _newest_of_each_model(path) if files not in seen]
         except InputError as error:
-            found[path] = error
-    names = iter(labels([run for run in found.values() if isinstance(run, LoadedRun)]))
-    return [run if isinstance(run, InputError) else Run(next(names), run) for run in found.values()]
+            yield error
+            continue
+        seen.update(found)
+        yield from map(_loaded, found)
 
 
 def _loaded(files: RunFiles) -> LoadedRun | InputError:
