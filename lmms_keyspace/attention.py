@@ -1,4 +1,4 @@
-"""Watching the attention function that a decoder uses."""
+"""Watching the attention function that a decoder uses, or putting another in its place."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from lmms_keyspace.families import Decoder, KeySite
 
 # (site, query, key, value, mask, keyword arguments), all as the attention function received them.
 Observer = Callable[[KeySite, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, Any]], None]
+# The same after a function that attends as usual; gives (output `[B, T, H, d]`, weights or None) in its place.
+Replacement = Callable[
+    [Callable[[], Any], KeySite, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, Any]], Any
+]
 _SUPPORTED = ("eager", "sdpa", "flash_attention")
 
 
@@ -33,7 +37,20 @@ def check_implementation(decoder: Decoder) -> str:
 
 @contextmanager
 def observed_attention(decoder: Decoder, observe: Observer) -> Iterator[None]:
-    """Call `observe` after each attention call of the decoder's layers; other modules pass through untouched.
+    """Call `observe` after each attention call of the decoder's layers; other modules pass through untouched."""
+
+    def attend(original: Callable[[], Any], *received: Any) -> Any:
+        result = original()
+        observe(*received)
+        return result
+
+    with replaced_attention(decoder, attend):
+        yield
+
+
+@contextmanager
+def replaced_attention(decoder: Decoder, attend: Replacement) -> Iterator[None]:
+    """Call `attend` in place of each attention call of the decoder's layers; other modules pass through untouched.
 
     The active function is wrapped under its own name, because transformers chooses masks by that name, and put back
     afterwards whatever happens.
@@ -52,7 +69,7 @@ def observed_attention(decoder: Decoder, observe: Observer) -> Iterator[None]:
         original = namespace["ALL_ATTENTION_FUNCTIONS"][name]
     had_entry = entry in table
 
-    def observed(
+    def replaced(
         module: torch.nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -61,13 +78,15 @@ def observed_attention(decoder: Decoder, observe: Observer) -> Iterator[None]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        result = original(module, query, key, value, attention_mask, *args, **kwargs)
-        site = sites.get(id(module))
-        if site is not None:
-            observe(site, query, key, value, attention_mask, kwargs)
-        return result
+        def as_usual() -> Any:
+            return original(module, query, key, value, attention_mask, *args, **kwargs)
 
-    table[entry] = observed
+        site = sites.get(id(module))
+        if site is None:
+            return as_usual()
+        return attend(as_usual, site, query, key, value, attention_mask, kwargs)
+
+    table[entry] = replaced
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ is untouched outside it and generates the same text inside it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import pandas as pd
@@ -118,19 +118,27 @@ class Capture:
         self._attention.add(rows, kinds, last_queries.measures(self.layers))
 
     @contextmanager
-    def reference_batch(self, rows: Sequence[Row]) -> Iterator[None]:
-        """As `batch`, with the adapter disabled inside: the base model's vectors at the same tokens.
+    def reference_batch(
+        self, rows: Sequence[Row], unchanged: AbstractContextManager[None] | None = None
+    ) -> Iterator[None]:
+        """As `batch`, with the base model inside: its vectors at the same tokens.
+
+        Args:
+            rows: as `batch`.
+            unchanged: makes the model its base model inside; None disables its adapter.
 
         Raises:
             InputError: the model has no adapter.
             CaptureError: as `batch`.
         """
-        if not isinstance(self._model, PeftModel):
-            raise InputError("reference", "self", "the model has no adapter to disable; use reference=none")
+        if unchanged is None:
+            if not isinstance(self._model, PeftModel):
+                raise InputError("reference", "self", "the model has no adapter to disable; use reference=none")
+            unchanged = self._model.disable_adapter()
         self._reference.refuse_repeats(rows)
         padded = Padded([row.input_ids for row in rows])
         recording = self._recording(rows, padded, None, self_check=False)
-        with self._model.disable_adapter(), recording.installed():
+        with unchanged, recording.installed():
             yield
         recording.finish()
         self._reference.add(rows, recording)

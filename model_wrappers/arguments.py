@@ -12,6 +12,7 @@ from typing import Any
 from lmms_keyspace import embedded
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.harness import require_writable
+from lmms_keyspace.intervene import spec as intervention
 from lmms_keyspace.records import SPACES
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -46,8 +47,11 @@ class Arguments:
         capture_tokens: tokens sampled per modality and document, at least 1.
         keep_keys: save every sampled key instead of a small sample for pictures.
         option_logprobs: save the log-probability of each answer option of a document.
-        reference: self takes bandwidths from the base model by a second pass with the adapter disabled;
+        reference: self takes bandwidths from the base model by a second pass with adapter or intervention off;
             none takes them from the run itself, whose divergences then do not compare with other runs.
+        intervene: a change of the base model without training, see `intervene.spec.parse`: mean_shift:RUN,
+            moment_matching:RUN, random_shift:RUN or visual_boost:ALPHA; None for none.
+        intervene_documents: held_out refuses a RUN on the documents that are evaluated, any allows it.
         keys_dir: write the key-space files here, at once, whatever lmms-eval saves.
         seed: seed of the samples and of the classifier folds.
     """
@@ -70,6 +74,8 @@ class Arguments:
     keep_keys: bool = False
     option_logprobs: bool = False
     reference: str = "self"
+    intervene: intervention.Spec | None = None
+    intervene_documents: str = "held_out"
     keys_dir: Path | None = None
     seed: int = 0
 
@@ -97,6 +103,7 @@ def parse(given: Mapping[str, Any], *, model: str, needs_adapter: bool, has_bund
     arguments = Arguments(**parsed)
     if arguments.device_map is not None and arguments.device is not None:
         raise InputError("device", arguments.device, "device_map=auto chooses the devices; give one of the two")
+    _check_intervention(arguments, given, model=model, needs_adapter=needs_adapter)
     if arguments.pretrained is None:
         if not has_bundled:
             raise InputError("pretrained", None, f"{model} needs a model: pretrained=FOLDER or a hub id")
@@ -112,6 +119,21 @@ def parse(given: Mapping[str, Any], *, model: str, needs_adapter: bool, has_bund
             "to run the model without one use --model keyspace_vlm",
         )
     return arguments
+
+
+def _check_intervention(arguments: Arguments, given: Mapping[str, Any], *, model: str, needs_adapter: bool) -> None:
+    """Raise InputError for an intervention that does not go with the rest."""
+    if arguments.intervene is None:
+        return
+    if needs_adapter or arguments.peft is not None:
+        raise InputError(
+            "intervene", given["intervene"], f"it changes a model without an adapter, and {model} runs one; use one of "
+            "the keyspace_* models without peft"
+        )  # fmt: skip
+    if arguments.option_logprobs and arguments.intervene.kind == intervention.VISUAL_BOOST:
+        raise InputError(
+            "option_logprobs", "on", "visual_boost acts on the token being generated, not on options read at once"
+        )
 
 
 def _folder_or_hub_id(name: str, value: object) -> str:
@@ -183,6 +205,10 @@ def _layers(name: str, value: object) -> tuple[int, ...] | None:
     return layers
 
 
+def _intervention(name: str, value: object) -> intervention.Spec:
+    return intervention.parse(str(value))
+
+
 def _writable_folder(name: str, value: object) -> Path:
     return require_writable(name, str(value))
 
@@ -206,6 +232,8 @@ _PARSERS: Mapping[str, Any] = {
     "keep_keys": _switch,
     "option_logprobs": _switch,
     "reference": _one_of("self", "none"),
+    "intervene": _intervention,
+    "intervene_documents": _one_of("held_out", "any"),
     "keys_dir": _writable_folder,
     "seed": _at_least(0),
 }

@@ -70,6 +70,8 @@ def _measured(run: Observed, capture: Capture) -> Measured:
     source = "base model, this run"
     if run.loaded.adapter is not None:
         source = "base model, adapter disabled" if run.second_pass else "this run, adapted"
+    elif run.loaded.intervention is not None:
+        source = "base model, intervention off" if run.second_pass else "this run, with the intervention"
     return Measuring(
         source=capture,
         conditions={name: task.conditions() for name, task in run.tasks.items()},
@@ -123,6 +125,15 @@ def _options(run: Observed) -> pd.DataFrame | None:
     return table.sort_values(["task", "doc_id"], kind="stable", ignore_index=True)
 
 
+def _intervention(run: Observed) -> str | None:
+    """Its name, and whether its statistics rest on images of this very run."""
+    intervention = run.loaded.intervention
+    if intervention is None:
+        return None
+    used = run.images_of_intervention
+    return f"{intervention.name}, {used} of its images evaluated" if used else intervention.name
+
+
 def _record(run: Observed, bandwidths: Bandwidths, finished: bool) -> RunRecord:
     loaded, arguments, info = run.loaded, run.arguments, run.loaded.adapter_info
     tasks = {
@@ -152,8 +163,8 @@ def _record(run: Observed, bandwidths: Bandwidths, finished: bool) -> RunRecord:
         adapter=loaded.adapter,
         adapter_method=info.method if info else None,
         adapter_sha256=info.sha256 if info else None,
-        intervention=None,
-        reference=arguments.reference if loaded.adapter else "self",
+        intervention=_intervention(run),
+        reference=arguments.reference if loaded.changed else "self",
         capture=run.capture is not None,
         capture_settings={
             "spaces": list(arguments.spaces),

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lmms_keyspace import harness
 from lmms_keyspace.errors import InputError
+from lmms_keyspace.intervene.spec import VISUAL_BOOST
 from lmms_keyspace.model_wrappers import arguments as args
 from lmms_keyspace.model_wrappers.assembly import assemble
 from lmms_keyspace.model_wrappers.encoding import encode
@@ -58,6 +59,10 @@ class KeyspaceVLM(lmms):
                 f"{self.keyspace_model_name}: no pretrained= given, running the bundled model{adapter} "
                 "(one million parameters, for tests and demonstrations)"
             )
+        if (intervention := self.loaded.intervention) is not None:
+            statistics = intervention.statistics
+            tokens = "" if statistics is None else f", from keys of {statistics.tokens}"
+            logger.info(f"{self.keyspace_model_name}: intervention {intervention.name}{tokens}")
         self._recorder = Recorder(self.loaded, self.arguments, model_name=self.keyspace_model_name)
         self._expecting = False
 
@@ -144,6 +149,10 @@ class KeyspaceVLM(lmms):
             requests: `(context, continuation, doc_to_visual or doc_to_messages, doc_id, task, split)` or `(context,
                 continuation)`; see `prompts.read_continuations`.
         """
+        if self.arguments.intervene is not None and self.arguments.intervene.kind == VISUAL_BOOST:
+            raise InputError(
+                "intervene", VISUAL_BOOST, "it acts on the token being generated; this task scores given continuations"
+            )
         read = read_continuations(requests, self.task_dict, self.loaded.processor)
         return [(scored.logprob, scored.greedy) for scored in self._score(read)]
 
@@ -233,6 +242,8 @@ class KeyspaceVLM(lmms):
                 if self._recorder.ranks.rank == 0:
                     data = assemble(self._recorder.observed)
                     harness.hand_over(data, self.arguments.keys_dir, hole=self._recorder.hole)
+        if self.loaded.intervention is not None:
+            self.loaded.intervention.change.remove()
         del self._recorder, self.loaded
         super().clean()
 

@@ -14,6 +14,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from lmms_keyspace import embedded
 from lmms_keyspace.errors import InputError
+from lmms_keyspace.intervene.install import Intervention, install, prepare
 from lmms_keyspace.malora import AdapterInfo, check_adapter
 from lmms_keyspace.model_wrappers.arguments import Arguments
 
@@ -29,17 +30,24 @@ class Loaded:
     revision: str | None
     adapter: str | None
     adapter_info: AdapterInfo | None
+    intervention: Intervention | None
 
     @property
     def bundled(self) -> bool:
         return self.pretrained == "bundled"
 
+    @property
+    def changed(self) -> bool:
+        """Whether it is another model than the one it is built on: by an adapter or an intervention."""
+        return self.adapter is not None or self.intervention is not None
+
 
 def load(arguments: Arguments) -> Loaded:
-    """Load processor, model and adapter.
+    """Load processor, model and adapter, or put the intervention in.
 
     Raises:
-        InputError: the model's config or the adapter's headers do not fit, found before the weights are read.
+        InputError: the model's config, the adapter's headers or an intervention's run do not fit, found before the
+            weights are read.
     """
     device = _device(arguments.device)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else _default_dtype(device)
@@ -54,6 +62,8 @@ def load(arguments: Arguments) -> Loaded:
         raise InputError("layers", arguments.layers[-1], f"the decoder has layers 0 to {n_layers - 1}")
     folder = _adapter_folder(arguments.peft)
     info = check_adapter(folder, config) if folder is not None else None
+    spec = arguments.intervene
+    statistics = None if spec is None else prepare(spec, config, _recorded_name(pretrained))
 
     processor = _processor(arguments, pretrained)
     model: Any = AutoModelForImageTextToText.from_pretrained(
@@ -67,14 +77,16 @@ def load(arguments: Arguments) -> Loaded:
         model = PeftModel.from_pretrained(model, str(folder))
     if arguments.device_map is None:
         model = model.to(device)
+    model.eval()
     return Loaded(
-        model=model.eval(),
+        model=model,
         processor=processor,
         device=model.device,  # of the first layer, where the inputs go
         pretrained=_recorded_name(pretrained),
         revision=arguments.revision or getattr(config, "_commit_hash", None),
         adapter=_recorded_name(arguments.peft) if arguments.peft else None,
         adapter_info=info,
+        intervention=None if spec is None else install(spec, statistics, model, seed=arguments.seed),
     )
 
 

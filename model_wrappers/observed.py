@@ -46,8 +46,9 @@ class Observed:
     options: list[dict[str, Any]] = field(default_factory=list)  # rows of the options table
     processes: int = 1
     whole: bool = True  # no document that must be seen was answered from a cache
+    images_of_intervention: int = 0  # evaluated images that the intervention's statistics rest on
 
     @property
     def second_pass(self) -> bool:
-        """Whether sampled documents pass once more with the adapter disabled; a base model is its own reference."""
-        return self.loaded.adapter is not None and self.arguments.reference == "self"
+        """Whether sampled documents pass once more unchanged; a base model is its own reference."""
+        return self.loaded.changed and self.arguments.reference == "self"

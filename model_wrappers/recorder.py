@@ -99,6 +99,7 @@ class Recorder:
             if self.observed.arguments.option_logprobs or (capture is not None and prompt.cluster in tasks[name].chosen)
         }
         self._received = False
+        self._check_intervention(requests)
         if capture is None:
             return
         self._labeler.fit([prompt for task in tasks.values() for prompt in task.prompts.values()])
@@ -158,9 +159,27 @@ class Recorder:
         """Bring what all processes saw to rank 0; all of them must call this."""
         merge(self.observed, self.ranks)
 
+    def _check_intervention(self, requests: Sequence[Request]) -> None:
+        """Count the images on which an intervention's statistics rest; refuse them unless they are allowed."""
+        intervention = self.observed.loaded.intervention
+        if intervention is None or intervention.statistics is None:
+            return
+        own: set[str] = set()
+        for request in requests:
+            # A picture of one color stands for no picture, and is no document's own.
+            own.update(_image_sha(im) for im in request.images() if im.convert("RGB").getcolors(1) is None)
+        self.observed.images_of_intervention = used = intervention.images_used(own)
+        if used and self.observed.arguments.intervene_documents == "held_out":
+            raise InputError(
+                "intervene",
+                intervention.name,
+                f"its statistics rest on {used} of the {len(own)} images that are evaluated; take a run on other "
+                "documents, or say intervene_documents=any",
+            )
+
     @contextlib.contextmanager
     def batch(self, requests: Sequence[Request], images: Sequence[list[Any]], inputs: Any) -> Iterator[None]:
-        """Observe the `generate` call in the body; afterwards pass once more without the adapter where asked.
+        """Observe the `generate` call in the body; afterwards pass once more unchanged where asked.
 
         Args:
             requests: row i of the batch answers `requests[i]`; all of them are counted or none is.
@@ -177,7 +196,9 @@ class Recorder:
         for row in rows:
             self._count(row)
         if self.observed.second_pass and any(len(row.positions) for row in rows):
-            with capture.reference_batch(rows):
+            intervention = self.observed.loaded.intervention
+            unchanged = None if intervention is None else intervention.change.disabled()
+            with capture.reference_batch(rows, unchanged):
                 self.observed.loaded.model(**inputs, use_cache=False, logits_to_keep=1)
 
     def _count(self, row: Row) -> None:
