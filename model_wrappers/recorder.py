@@ -98,8 +98,8 @@ class Recorder:
             for doc_id, prompt in task.prompts.items()
             if self.observed.arguments.option_logprobs or (capture is not None and prompt.cluster in tasks[name].chosen)
         }
-        self._received = False
         self._check_intervention(requests)
+        self._received = False
         if capture is None:
             return
         self._labeler.fit([prompt for task in tasks.values() for prompt in task.prompts.values()])
@@ -167,7 +167,7 @@ class Recorder:
         own: set[str] = set()
         for request in requests:
             # A picture of one color stands for no picture, and is no document's own.
-            own.update(_image_sha(im) for im in request.images() if im.convert("RGB").getcolors(1) is None)
+            own.update(_image_shas(request, [im for im in request.images() if im.convert("RGB").getcolors(1) is None]))
         self.observed.images_of_intervention = used = intervention.images_used(own)
         if used and self.observed.arguments.intervene_documents == "held_out":
             raise InputError(
@@ -224,11 +224,15 @@ class Recorder:
             positions = _NO_POSITIONS
             if prompt.cluster in task.chosen:
                 positions = self._sampler.choose_positions(request.task, prompt.cluster, labels)
-                # Hashing a picture costs as much as all the rest, so a task may name the hash.
-                named = (request.image_sha,) if request.image_sha and len(shown) == 1 else None
-                prompt = replace(prompt, image_shas=named or tuple(_image_sha(image) for image in shown))
+                prompt = replace(prompt, image_shas=_image_shas(request, shown))
             rows.append(Row(prompt, row_ids, labels, positions))
         return rows
+
+
+def _image_shas(request: Request, shown: Sequence[Any]) -> tuple[str, ...]:
+    """Hashing a picture costs as much as all the rest, so a task may name the hash."""
+    named = (request.image_sha,) if request.image_sha and len(shown) == 1 else None
+    return named or tuple(_image_sha(image) for image in shown)
 
 
 def _image_sha(image: Any) -> str:
