@@ -168,7 +168,8 @@ class Recorder:
         for request in requests:
             # A picture of one color stands for no picture, and is no document's own.
             own.update(_image_shas(request, [im for im in request.images() if im.convert("RGB").getcolors(1) is None]))
-        self.observed.images_of_intervention = used = intervention.images_used(own)
+        used = intervention.images_used(own)
+        self.observed.images_of_intervention += used
         if used and self.observed.arguments.intervene_documents == "held_out":
             raise InputError(
                 "intervene",
