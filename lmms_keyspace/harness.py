@@ -1,13 +1,14 @@
 """The only module that touches lmms-eval's internals.
 
 lmms-eval loads `model_manifests` through the entry-point group `lmms_eval.models`. Besides naming our models it
-places four hooks, each a no-op unless one of our models runs (the first unless one of our tasks is asked for):
+places five hooks, each a no-op unless one of our models runs (the first unless one of our tasks is asked for):
 
 * `TaskManager.initialize_tasks` also indexes our task folder (lmms-eval has no entry point for tasks);
 * `evaluator.simple_evaluate` checks the output folder before the model loads, gives a run without
   `--output_path` a default folder, samples included, adds the `keyspace` block to the results, and saves what was
   captured of a run that dies;
 * `ResponseCache.execute` tells the model of every request before the cache answers some of them;
+* the command line's `make_table` prints the headline of our tasks;
 * `EvaluationTracker.save_results_aggregated` writes our files beside lmms-eval's, with the same date.
 
 Where lmms-eval changed, a hook is not placed and one warning says what no longer works and the way out.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -153,7 +155,28 @@ def install_run_hooks() -> str | None:
         if execute is None or not _accepts(execute, "lm", "reqtype", "requests"):
             return "lmms_eval's ResponseCache.execute changed: what it answers is not captured; leave out --use_cache"
         ResponseCache.execute = _hooked_execute(execute)
+    _hook_table()
     return None
+
+
+def _hook_table() -> None:
+    """Have the command line print our tasks' headline metrics; without it the table is long and nothing is lost."""
+    from lmms_eval.utils import make_table
+
+    for name in ("lmms_eval.__main__", "__main__"):  # the console script, `python -m lmms_eval`
+        command_line: Any = sys.modules.get(name)
+        if getattr(command_line, "make_table", None) is make_table:
+            command_line.make_table = _hooked_table(make_table)
+
+
+def _hooked_table(original: Callable[..., str]) -> Callable[..., str]:
+    @functools.wraps(original)
+    def make_table(result_dict: dict[str, Any], *args: Any, **kwargs: Any) -> str:
+        from lmms_keyspace.printed import shortened
+
+        return original(shortened(result_dict), *args, **kwargs)
+
+    return make_table
 
 
 def hand_over(data: RunData, keys_dir: Path | None, *, rank: int = 0, hole: InputError | None = None) -> None:

@@ -1,4 +1,7 @@
-"""All metrics of a run again, from its samples files alone: no model, no harness, no results file."""
+"""All metrics of a run again, from its samples files alone: no model, no harness, no results file.
+
+Where the run also saved the log-probabilities of its options, what the picture adds to them is computed too.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +9,51 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
+from lmms_keyspace import outcomes
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.store import read_samples
+from lmms_keyspace.store.tables import read_table
 from lmms_keyspace.tasks.aggregation import value_of
 from lmms_keyspace.tasks.metrics import not_valid_for, summarize
-from lmms_keyspace.tasks.reported import PROBES
+from lmms_keyspace.tasks.reported import COMPANIONS, PROBES
 from lmms_keyspace.tasks.rows import Metric
+
+_SAMPLES = "_samples_"
 
 
 @dataclass(frozen=True)
 class Rescored:
-    """The metrics of one samples file."""
+    """The metrics of one samples file; `information` those of `outcomes.INFORMATION`, empty without the options."""
 
     path: Path
     task: str
     probe: str
     summary: Mapping[str, Metric]
+    information: Mapping[str, outcomes.Measured]
 
     def results(self) -> dict[str, float | int | str | None]:
-        """As results.json has them, by metric key."""
-        return {key: value_of(key, self.summary) for key in PROBES[self.probe].keys}
+        """As results.json has them, by metric key, and what the options say."""
+        fields = ("value", "low", "high", "n")
+        said = {
+            name + suffix: getattr(measured, field)
+            for name, measured in self.information.items()
+            for suffix, field in zip(("", *COMPANIONS), fields, strict=True)
+        }
+        return {key: value_of(key, self.summary) for key in PROBES[self.probe].keys} | said
 
     def lines(self) -> list[str]:
-        """For a person: one line a metric, with its 95 % interval and denominator."""
+        """For a person: one line a metric, with its 95 % interval, denominator and detectable effect."""
         lines = [f"{self.task}  ({self.path})"]
-        for name, metric in self.summary.items():
-            digits = "g" if name in PROBES[self.probe].facts else ".4f"
+        kind = PROBES[self.probe]
+        for name, metric in {**self.summary, **self.information}.items():
+            digits = "g" if name in kind.facts else ".4f"
             value = "N/A" if metric.value is None else format(metric.value, digits)
             interval = "" if metric.low is None else f"  [{metric.low:.4f}, {metric.high:.4f}]"
-            n = f"  n={metric.n}" if name in PROBES[self.probe].intervals else ""
-            lines.append(f"  {name:<24}{value:>8}{interval}{n}")
+            n = "" if name in kind.facts else f"  n={metric.n}"
+            mde = "" if metric.mde is None else f"  mde={metric.mde:.4f}"
+            lines.append(f"  {name:<24}{value:>8}{interval}{n}{mde}")
         if failed := not_valid_for(self.summary):
             lines.append(f"  not valid for this model in {', '.join(failed)}")
         return lines
@@ -47,14 +65,17 @@ def rescore(path: Path) -> list[Rescored]:
     Raises:
         InputError: there is none, or one is damaged.
     """
-    files = [path] if path.is_file() else sorted(path.rglob("*_samples_*.jsonl"))
+    files = [path] if path.is_file() else sorted(path.rglob(f"*{_SAMPLES}*.jsonl"))
     found = []
     for file in files:
         rows = read_samples(file)
         probe = probe_of(rows.columns)
         if probe is not None:
-            task = file.stem.split("_samples_", 1)[-1]
-            found.append(Rescored(file, task, probe, summarize(rows.to_dict("records"), probe)))
+            date, task = file.stem.split(_SAMPLES, 1)
+            summary = summarize(rows.to_dict("records"), probe)
+            options = file.with_name(f"{date}_options.parquet")
+            information = _information(task, rows, read_table(options, "options")) if options.exists() else {}
+            found.append(Rescored(file, task, probe, summary, information))
     if not found:
         raise InputError(
             "run",
@@ -68,3 +89,9 @@ def probe_of(columns: Collection[str]) -> str | None:
     """The probe whose samples have these columns, one of them per metric key; None: of another task."""
     known = {key for probe in PROBES.values() for key in probe.keys} & set(columns)
     return next((name for name, probe in PROBES.items() if known == set(probe.keys)), None)
+
+
+def _information(task: str, samples: pd.DataFrame, options: pd.DataFrame) -> dict[str, outcomes.Measured]:
+    asked = samples[["doc_id", "group_id", "gold_option", "lure_option"]]
+    joined = options[options["task"] == task].merge(asked, on="doc_id")
+    return outcomes.measure_information(outcomes.information_by_group(joined))
