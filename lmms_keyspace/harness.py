@@ -165,7 +165,7 @@ def _hook_table() -> None:
 
     for name in ("lmms_eval.__main__", "__main__"):  # the console script, `python -m lmms_eval`
         command_line: Any = sys.modules.get(name)
-        if getattr(command_line, "make_table", None) is make_table:
+        if hasattr(command_line, "make_table") and command_line.make_table is make_table:
             command_line.make_table = _hooked_table(make_table)
 
 
