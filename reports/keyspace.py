@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
 
 from lmms_keyspace import stats
 from lmms_keyspace.outcomes import CLEAN
 from lmms_keyspace.records import (
     ALL_HEADS,
-    MULTI_SCALE,
     NOT_COMPARABLE,
     VISUAL_TEXT,
     GramKey,
+    HeldOutLoss,
     KernelSums,
     RunData,
 )
 from lmms_keyspace.reports.load import Run
-from lmms_keyspace.reports.rows import MMD2, NAN, NATS, SHARE, Row, extended, interval, noted, paired
+from lmms_keyspace.reports.rows import MMD2, NATS, SHARE, Row, extended, interval, noted, paired
 
 KEY_SPACE = "k_pre"
 ALL_LAYERS, *LAYER_BANDS = ("all", "early", "middle", "late")
@@ -118,11 +115,7 @@ def mmd2_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
 
 def _layers_of(data: RunData, task: str) -> list[int]:
     condition = main_condition(data, task)
-    return [
-        key.layer
-        for key in data.gram
-        if (key.task, key.condition, key.space, key.scale) == (task, condition, KEY_SPACE, MULTI_SCALE)
-    ]
+    return [key.layer for key in data.gram if key == GramKey(task, condition or "", KEY_SPACE, key.layer)]
 
 
 def _mean_over_layers(data: RunData, task: str, layers: Sequence[int]) -> KernelSums:
@@ -156,7 +149,10 @@ def _jackknife(sums: KernelSums) -> dict[str, Any]:
 
 
 def _mmd2_change(base: KernelSums, run: KernelSums) -> dict[str, Any]:
-    result = stats.paired_mmd2_difference(base, run)
+    return _change(stats.paired_mmd2_difference(base, run))
+
+
+def _change(result: stats.PairedChange) -> dict[str, Any]:
     return {
         "delta": float(result.delta),
         "delta_low": float(result.low),
@@ -167,18 +163,18 @@ def _mmd2_change(base: KernelSums, run: KernelSums) -> dict[str, Any]:
 
 
 def js_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
-    """The classifier bound on the Jensen-Shannon divergence, mean over layers.
-
-    No sums by document are saved for it, so its intervals are conservative: the mean over layers takes the mean
-    half-width, as if the layers moved together, and the difference treats the two runs as independent.
-    """
-    first: tuple[float, float] | None = None
-    for run in runs:
-        table = js_by_layer(run.loaded.data, task) if run.loaded.data else pd.DataFrame()
-        if table.empty:
-            continue
-        value = float(table["value"].mean())
-        half = float(((table["ci_high"] - table["ci_low"]) / 2).mean())
+    """The classifier bound on the Jensen-Shannon divergence, mean over layers and KV heads, from the saved losses."""
+    captured = [(run, _losses_of(run.loaded.data, task)) for run in runs if run.loaded.data]
+    captured = [(run, losses) for run, losses in captured if losses]
+    if not captured:
+        return
+    shared = sorted(set.intersection(*(set(losses) for _, losses in captured)))
+    first: HeldOutLoss | None = None
+    for run, losses in captured:
+        assert run.loaded.data is not None
+        loss = stats.mean_losses([losses[layer] for layer in shared])
+        value, low, high = (float(number) for number in stats.js_bootstrap(loss))
+        table = js_by_layer(run.loaded.data, task)
         ceiling = int(table["at_ceiling"].sum())
         row = Row(
             task,
@@ -187,26 +183,31 @@ def js_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
             NATS,
             0,
             run.label,
-            int(table["n_clusters"].max()),
+            len(loss.clusters),
             value,
-            value - half,
-            value + half,
+            low,
+            high,
             note=f"at the ln 2 ceiling in {ceiling} of {len(table)} layers" if ceiling else "",
         )
         if first is None:
             yield row
-            first = value, half
-            continue
-        delta, width = value - first[0], math.hypot(half, first[1])
-        error = width / norm.ppf(0.975)
-        yield replace(
-            row,
-            delta=delta,
-            delta_low=delta - width,
-            delta_high=delta + width,
-            p=float(2 * norm.sf(abs(delta) / error)) if error > 0 else NAN,
-            mde=float(stats.mde_from_se(error)) if error > 0 else NAN,
-        )
+            first = loss
+        else:
+            yield extended(row, _js_change, first, loss)
+
+
+def _losses_of(data: RunData, task: str) -> dict[int, HeldOutLoss]:
+    """Layer -> losses of visual against text in the undisturbed condition."""
+    wanted = (task, main_condition(data, task), KEY_SPACE, VISUAL_TEXT)
+    return {
+        key.layer: data.losses[key]
+        for key in data.losses
+        if (key.task, key.condition, key.space, key.contrast) == wanted
+    }
+
+
+def _js_change(base: HeldOutLoss, run: HeldOutLoss) -> dict[str, Any]:
+    return _change(stats.paired_js_difference(base, run))
 
 
 def js_by_layer(data: RunData, task: str) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from lmms_keyspace.records import (
     SEGMENTS,
     TOKEN_COLUMNS,
     GramKey,
+    HeldOutLoss,
     KernelSums,
     RunData,
     RunRecord,
@@ -42,6 +43,7 @@ class FakeRun:
     adapter: str | None = None
     method: str | None = None
     groups: int = 48
+    captured: int = 12  # clusters with keys, at most
     clean_wrong: int = 2  # the last groups
     flips: int = 20  # the first groups answer the lure in conflict
     irrelevant_wrong: int = 3  # the first groups
@@ -88,6 +90,11 @@ def write(run: FakeRun, root: Path) -> Path:
     if run.capture:
         write_run(folder, run.date, _data(run, samples))
     return folder
+
+
+def captured_data(run: FakeRun) -> RunData:
+    """What the plugin would save of the run."""
+    return _data(run, _samples(run))
 
 
 def _outcome(run: FakeRun, group: int, condition: str) -> str:
@@ -145,11 +152,12 @@ def _spec(color: str) -> str:
 
 
 def _data(run: FakeRun, samples: pd.DataFrame) -> RunData:
-    gram, divergence = {}, []
+    gram, losses, divergence = {}, {}, []
     for layer in LAYERS:
         visual, text, clusters = _keys(run, layer)
         for condition in ("clean", "conflict"):
             gram[GramKey(TASK, condition, "k_pre", layer)] = _sums(visual, text, clusters, run.bandwidth)
+        losses[GramKey(TASK, "clean", "k_pre", layer)] = _losses(run, layer, clusters)
         divergence += _divergence_rows(run, layer)
     return RunData(
         record=_record(run, samples),
@@ -158,13 +166,14 @@ def _data(run: FakeRun, samples: pd.DataFrame) -> RunData:
         attention=_attention(run, samples),
         tokens=_tokens(run),
         keys={TASK: {f"k_pre/{layer}": _kept_keys(run, layer) for layer in LAYERS}},
+        losses=losses,
     )
 
 
 def _keys(run: FakeRun, layer: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """[clusters, tokens, heads, width] of both modalities; equal noise in every run, as on equal documents."""
     rng = np.random.default_rng(layer)
-    clusters = [f"g{group:03d}" for group in range(min(run.groups, 12))]
+    clusters = [f"g{group:03d}" for group in range(min(run.groups, run.captured))]
     shape = (len(clusters), 6, HEADS, WIDTH)
     visual, text = rng.standard_normal(shape), rng.standard_normal(shape)
     return visual, text + run.gap * (1 - 0.1 * layer), clusters
@@ -177,6 +186,18 @@ def _sums(visual: np.ndarray, text: np.ndarray, clusters: list[str], bandwidth: 
 
     counts = np.full(len(clusters), visual.shape[1])
     return KernelSums(cross(visual, visual), cross(text, text), cross(visual, text), counts, counts, tuple(clusters))
+
+
+def _js(run: FakeRun) -> float:
+    return min(0.66 + 0.05 * (run.gap - 1), LN2)
+
+
+def _losses(run: FakeRun, layer: int, clusters: list[str]) -> HeldOutLoss:
+    """Losses whose bound is `_js`, with equal noise in every run."""
+    counts = np.full(len(clusters), 6)
+    noise = np.random.default_rng([layer, 1]).standard_normal((2, HEADS, len(clusters))) * 0.01
+    visual, text = (LN2 - _js(run) + noise - noise.mean(axis=-1, keepdims=True)) * counts
+    return HeldOutLoss(visual, text, counts, counts, tuple(clusters))
 
 
 def _divergence_rows(run: FakeRun, layer: int) -> list[dict[str, Any]]:
@@ -203,7 +224,7 @@ def _divergence_rows(run: FakeRun, layer: int) -> list[dict[str, Any]]:
         ("visual-text", "mmd2"): 0.3 * run.gap * (1 - 0.2 * layer),
         ("visual-visual", "mmd2"): 0.002,
         ("text-text", "mmd2"): 0.001,
-        ("visual-text", "js_classifier"): min(0.66 + 0.05 * (run.gap - 1), LN2),
+        ("visual-text", "js_classifier"): _js(run),
         ("visual-visual", "js_classifier"): 0.01,
         ("text-text", "js_classifier"): 0.005,
     }

@@ -6,7 +6,7 @@ cluster share its luck, and treating them as independent gives intervals that ar
 
 from lmms_keyspace.stats.clusters import cluster_bootstrap, cluster_bootstrap_function, paired_cluster_difference
 from lmms_keyspace.stats.hashing import first_half, hash_ranks
-from lmms_keyspace.stats.js import js_bootstrap, js_from_losses, paired_js_difference
+from lmms_keyspace.stats.js import js_bootstrap, js_from_losses, mean_losses, paired_js_difference
 from lmms_keyspace.stats.mmd2 import (
     MIN_CLUSTERS,
     mean_over_heads,
@@ -52,6 +52,7 @@ __all__ = [
     "mcnemar_exact",
     "mde_from_se",
     "mde_paired",
+    "mean_losses",
     "mean_over_heads",
     "mmd2_bootstrap",
     "mmd2_from_sums",

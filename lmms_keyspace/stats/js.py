@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,6 +26,16 @@ def js_from_losses(loss: HeldOutLoss) -> Floats:
     """
     _check_sides(loss, 1)
     return _bound(loss, np.ones((1, len(loss.clusters))))[..., 0]
+
+
+def mean_losses(losses: Sequence[HeldOutLoss]) -> HeldOutLoss:
+    """Losses averaged over layers and all leading dimensions: their bound is the mean of the bounds."""
+    first = losses[0]
+    visual, text = (
+        np.mean([getattr(loss, name).reshape(-1, len(first.clusters)).mean(axis=0) for loss in losses], axis=0)
+        for name in ("loss_visual", "loss_text")
+    )
+    return replace(first, loss_visual=visual, loss_text=text)
 
 
 def js_bootstrap(loss: HeldOutLoss, *, n_resamples: int = 1000, level: float = 0.95, seed: int = 0) -> ArrayInterval:

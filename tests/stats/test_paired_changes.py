@@ -1,0 +1,105 @@
+"""The change between two runs: of the classifier bound, and adjusted for all layers and heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from simulated_sums import clouds, sums_of
+
+from lmms_keyspace import stats
+from lmms_keyspace.errors import InputError
+from lmms_keyspace.records import HeldOutLoss
+
+NAMES = tuple(f"c{i:02d}" for i in range(24))
+
+
+def losses(rng, shape=(), ease=None, gain=0.0, noise=0.02, names=NAMES):
+    """Mean log-losses near .4 nats a token; `ease` is what makes a cluster easy in every run."""
+    d = len(names)
+    counts = [np.asarray(rng.integers(2, 9, d)) for _ in range(2)]
+    ease = np.zeros(d) if ease is None else ease
+    visual, text = ((0.4 + ease - gain + noise * rng.standard_normal((*shape, d))) * n for n in counts)
+    return HeldOutLoss(visual, text, *counts, names)
+
+
+def test_the_bound_is_ln_2_less_the_balanced_mean_loss():
+    loss = losses(np.random.default_rng(0), (2,))
+    expected = (
+        np.log(2) - (loss.loss_visual.sum(-1) / loss.n_visual.sum() + loss.loss_text.sum(-1) / loss.n_text.sum()) / 2
+    )
+    np.testing.assert_allclose(stats.js_from_losses(loss), expected)
+    assert stats.js_from_losses(stats.mean_losses([loss, loss])) == pytest.approx(expected.mean())
+    low, high = stats.js_bootstrap(loss)[1:]
+    assert (low < expected).all()
+    assert (expected < high).all()
+
+
+def test_a_change_that_all_clusters_share_is_found_where_unpaired_intervals_overlap():
+    rng = np.random.default_rng(0)
+    ease = 0.15 * rng.standard_normal(len(NAMES))
+    a, b = losses(np.random.default_rng(1), ease=ease), losses(np.random.default_rng(1), ease=ease, gain=0.03)
+    change = stats.paired_js_difference(a, b)
+    assert change.delta == pytest.approx(0.03)
+    assert change.p < 1e-3
+    assert change.n == len(NAMES)
+    intervals = [stats.js_bootstrap(loss) for loss in (a, b)]
+    assert intervals[0].high > intervals[1].low
+
+
+def test_the_change_of_the_bound_matches_clusters_by_name_and_has_its_size():
+    rejected = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        ease = 0.15 * rng.standard_normal(len(NAMES))
+        rejected += float(stats.paired_js_difference(losses(rng, ease=ease), losses(rng, ease=ease)).p) <= 0.05
+    assert 5 <= rejected <= 30
+    a, b = losses(np.random.default_rng(0)), losses(np.random.default_rng(1))
+    order = np.random.default_rng(2).permutation(len(NAMES))
+    mixed = HeldOutLoss(
+        b.loss_visual[order], b.loss_text[order], b.n_visual[order], b.n_text[order], tuple(np.asarray(NAMES)[order])
+    )
+    np.testing.assert_allclose(stats.paired_js_difference(a, mixed)[:5], stats.paired_js_difference(a, b)[:5])
+
+
+def test_adjusted_for_layers_and_heads():
+    """No p or interval gets narrower, and over many equal tests some p falls below .05 but no adjusted one."""
+    rng = np.random.default_rng(0)
+    x, y = clouds(rng, heads=40, documents=16, shift=1.0)
+    a, b = (sums_of(x + 0.3 * rng.normal(size=x.shape), y) for _ in range(2))
+    change = stats.paired_mmd2_difference(a, b)
+    assert (change.p_adjusted >= change.p).all()
+    assert (change.band_low <= change.low).all()
+    assert (change.band_high >= change.high).all()
+    assert change.p.min() < 0.05 < change.p_adjusted.min()
+    alone = stats.paired_mmd2_difference(
+        *(replace(s, vv=s.vv[:1], tt=s.tt[:1], vt=s.vt[:1]) for s in (a, b)), n_resamples=20_000
+    )
+    assert alone.p_adjusted == pytest.approx(alone.p, abs=0.02)
+
+
+def test_adjusted_p_keeps_the_rate_of_any_false_alarm():
+    """12 equal tests, 200 pairs of runs of equal law: some adjusted p is at most .05 in about 5 % of them."""
+    rng = np.random.default_rng(1)
+    alarms = 0
+    for _ in range(200):
+        x, y = clouds(rng, heads=12, documents=20, shift=1.0, tokens=2)
+        a, b = (sums_of(x + 0.3 * rng.normal(size=x.shape), y) for _ in range(2))
+        alarms += stats.paired_mmd2_difference(a, b, n_resamples=499).p_adjusted.min() <= 0.05
+    assert 2 <= alarms <= 20
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"clusters": tuple(f"x{i}" for i in range(24))}, "clusters"),
+        ({"n_visual": np.zeros(24, int)}, "n_visual"),
+        ({"loss_visual": np.zeros((2, 24)), "loss_text": np.zeros((2, 24))}, "b"),
+    ],
+)
+def test_losses_that_cannot_be_compared_are_named(change, argument):
+    a = losses(np.random.default_rng(0))
+    with pytest.raises(InputError) as error:
+        stats.paired_js_difference(a, replace(a, **change))
+    assert error.value.argument == argument
