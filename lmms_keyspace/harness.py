@@ -341,6 +341,7 @@ def results_block(data: RunData) -> dict[str, Any]:
         "capture": record.capture,
         "reference": record.reference if record.reference != "none" else NOT_COMPARABLE,
         "not_interpretable": sorted(name for name, task in record.tasks.items() if not task.interpretable),
+        "same_prompts": {name: task.same_prompts for name, task in record.tasks.items() if task.same_prompts},
         "divergence": divergence,
     }
 

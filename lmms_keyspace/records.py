@@ -199,6 +199,7 @@ class TaskRecord(BaseModel):
     image_tokens: dict[str, int]  # image tokens per prompt (as text) -> number of prompts
     prompt_hash: str  # sha256 over the prompts in document order
     interpretable: bool = True  # False: the model cannot read this benchmark; its accuracy says nothing
+    same_prompts: list[list[str]] = []  # sets of conditions that are one prompt for this model: they differ in nothing
 
 
 class RunRecord(BaseModel):

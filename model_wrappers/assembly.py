@@ -150,6 +150,7 @@ def _record(run: Observed, bandwidths: Bandwidths, finished: bool) -> RunRecord:
             image_tokens=dict(task.image_tokens),
             prompt_hash=_sha(f"{doc_id}\0{prompt.text}" for doc_id, prompt in task.prompts.items()),
             interpretable=task.generator is not None or not loaded.bundled,
+            same_prompts=task.same_prompts,
         )
         for name, task in run.tasks.items()
     }

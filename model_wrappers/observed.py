@@ -21,6 +21,7 @@ class ObservedTask:
     generator: str | None
     cluster_field: str | None
     chosen: frozenset[str] = frozenset()
+    same_prompts: list[list[str]] = field(default_factory=list)  # conditions that are one prompt, as this process sees
     rows_captured: int = 0
     token_counts: Counter[str] = field(default_factory=Counter)  # prompt tokens by label
     image_tokens: Counter[str] = field(default_factory=Counter)  # image tokens of a prompt -> prompts

@@ -17,6 +17,7 @@ from lmms_keyspace.capture import Capture, Row
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import decoder_sites
 from lmms_keyspace.model_wrappers.arguments import AUTO_BATCH_SIZE, Arguments
+from lmms_keyspace.model_wrappers.conditions import same_prompts
 from lmms_keyspace.model_wrappers.loading import Loaded
 from lmms_keyspace.model_wrappers.merging import merge, shared
 from lmms_keyspace.model_wrappers.observed import Observed, ObservedTask
@@ -91,6 +92,12 @@ class Recorder:
         self.observed.processes = self.ranks.size
         for name, task in shared(own, self.ranks).items():
             task.chosen = self._sampler.choose_clusters(name, [prompt.cluster for prompt in task.prompts.values()])
+            task.same_prompts = same_prompts(by_task[name].values())
+            for conditions in task.same_prompts:
+                logger.warning(
+                    f"{name}: {' and '.join(conditions)} are the same prompt for this model (its chat template decides "
+                    "where the picture stands); a difference between them is 0 by construction and not valid"
+                )
             tasks[name] = task
         self._wanted = {
             (name, doc_id)
