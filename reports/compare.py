@@ -13,6 +13,7 @@ from lmms_keyspace import stats
 from lmms_keyspace.outcomes import not_valid
 from lmms_keyspace.records import NOT_INTERPRETABLE
 from lmms_keyspace.reports.accuracy import probe_rows, stock_rows
+from lmms_keyspace.reports.curves import attention_when_misled
 from lmms_keyspace.reports.keyspace import attention_rows, js_rows, mmd2_rows
 from lmms_keyspace.reports.load import Runs
 from lmms_keyspace.reports.rows import Row
@@ -22,23 +23,26 @@ from lmms_keyspace.reports.rows import Row
 class Comparison:
     """The paired table of runs against the first.
 
-    `table` has one row per task, metric and run with the columns of `Row`. `warnings` says what limits the comparison.
+    `table` has one row per task, metric and run with the columns of `Row`. `looked` says by task and run where the last
+    prompt token looked when it answered with the image or with the misleading text (`curves.attention_when_misled`): a
+    description, not tested, as the two kinds of answers differ in their scenes, too. `warnings` says what limits the
+    comparison.
     """
 
     runs: tuple[str, ...]
     table: pd.DataFrame
+    looked: pd.DataFrame
     warnings: tuple[str, ...]
 
     def to_json(self) -> str:
         """The whole comparison; numbers that do not exist are null."""
-        rows = [
-            {
-                key: None if isinstance(value, float) and not math.isfinite(value) else value
-                for key, value in row.items()
-            }
-            for row in self.table.to_dict("records")
-        ]
-        content = {"base": self.runs[0], "runs": self.runs, "warnings": self.warnings, "rows": rows}
+        content = {
+            "base": self.runs[0],
+            "runs": self.runs,
+            "warnings": self.warnings,
+            "rows": _records(self.table),
+            "where_it_looked": _records(self.looked),
+        }
         return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -52,7 +56,19 @@ def compare(runs: Runs) -> Comparison:
     ]
     table = pd.DataFrame([asdict(row) for row in rows], columns=list(Row.__dataclass_fields__))
     table["p_adjusted"] = stats.holm(table["p"].to_numpy(dtype=float))
-    return Comparison(tuple(run.label for run in runs.runs), table, tuple(_warnings(runs)))
+    looks = [attention_when_misled(runs.runs, task).assign(task=task) for task in runs.tasks]
+    looked = pd.concat(
+        [frame for frame in looks if len(frame) and "run" in frame] or [pd.DataFrame()], ignore_index=True
+    )
+    return Comparison(tuple(run.label for run in runs.runs), table, looked, tuple(_warnings(runs)))
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, object]]:
+    """Rows for JSON, which knows neither NaN nor infinity."""
+    return [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        for row in table.to_dict("records")
+    ]
 
 
 def _warnings(runs: Runs) -> Iterator[str]:

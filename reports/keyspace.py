@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,11 @@ def _of_band(band: str) -> str:
     return "" if band == ALL_LAYERS else f", {band} layers"
 
 
+def _banded(name: str, label: str, band: str) -> tuple[str, str]:
+    """Name and label of a divergence over a band of layers; that over all has the plain ones."""
+    return name if band == ALL_LAYERS else f"{name}_{band}", label + _of_band(band)
+
+
 def image_mass(data: RunData, task: str) -> pd.DataFrame:
     table = data.attention
     chosen = (
@@ -89,45 +95,45 @@ def main_condition(data: RunData, task: str) -> str | None:
 
 
 def mmd2_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
-    """MMD^2 between visual and text keys, mean over layers and KV heads, from the saved kernel sums."""
-    captured = [(run, _layers_of(run.loaded.data, task)) for run in runs if run.loaded.data]
-    captured = [(run, layers) for run, layers in captured if layers]
+    """MMD^2 between visual and text keys, mean over KV heads and over all or a band of layers, from the kernel sums."""
+    captured = [(run, _sums_by_layer(run.loaded.data, task)) for run in runs if run.loaded.data]
+    captured = [(run, sums) for run, sums in captured if sums]
     if not captured:
         return
-    shared = sorted(set.intersection(*(set(layers) for _, layers in captured)))
-    first: tuple[Run, KernelSums] | None = None
-    for run, _ in captured:
-        assert run.loaded.data is not None
-        sums = _mean_over_layers(run.loaded.data, task, shared)
-        value = float(stats.mmd2_from_sums(sums))
-        row = Row(task, "mmd2", "MMD² of keys", MMD2, 0, run.label, len(sums.clusters), value)
-        row = extended(row, _jackknife, sums)
-        if first is None:
-            yield row
-            first = run, sums
-        elif _same_bandwidths(first[0].loaded.data, run.loaded.data, task, shared):
-            yield extended(row, _mmd2_change, first[1], sums)
-        else:
-            yield noted(
-                row, f"{NOT_COMPARABLE}: the kernel bandwidths differ (reference={run.loaded.data.record.reference})"
-            )
+    shared = sorted(set.intersection(*(set(sums) for _, sums in captured)))
+    for band, layers in layer_bands(shared).items():
+        first: tuple[Run, KernelSums] | None = None
+        for run, by_layer in captured:
+            assert run.loaded.data is not None
+            sums = _mean_over_layers([by_layer[layer] for layer in layers])
+            value = float(stats.mmd2_from_sums(sums))
+            name, label = _banded("mmd2", "MMD² of keys", band)
+            row = Row(task, name, label, MMD2, 0, run.label, len(sums.clusters), value)
+            row = extended(row, _jackknife, sums)
+            if first is None:
+                yield row
+                first = run, sums
+            elif _same_bandwidths(first[0].loaded.data, run.loaded.data, task, layers):
+                yield extended(row, _mmd2_change, first[1], sums)
+            else:
+                reference = run.loaded.data.record.reference
+                yield noted(row, f"{NOT_COMPARABLE}: the kernel bandwidths differ (reference={reference})")
 
 
-def _layers_of(data: RunData, task: str) -> list[int]:
-    condition = main_condition(data, task)
-    return [key.layer for key in data.gram if key == GramKey(task, condition or "", KEY_SPACE, key.layer)]
-
-
-def _mean_over_layers(data: RunData, task: str, layers: Sequence[int]) -> KernelSums:
-    """Sums whose MMD^2 is the mean over layers and heads; the statistic is linear in the sums."""
+def _sums_by_layer(data: RunData, task: str) -> dict[int, KernelSums]:
+    """Layer -> sums in the undisturbed condition, mean over KV heads; each is read once."""
     condition = main_condition(data, task) or ""
-    total: list[np.ndarray] = []
-    for layer in layers:
-        sums = stats.mean_over_heads(data.gram[GramKey(task, condition, KEY_SPACE, layer)])
-        parts = [sums.vv, sums.tt, sums.vt]
-        total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
-    vv, tt, vt = (part / len(layers) for part in total)
-    return KernelSums(vv, tt, vt, sums.n_visual, sums.n_text, sums.clusters)
+    return {
+        key.layer: stats.mean_over_heads(data.gram[key])
+        for key in data.gram
+        if key == GramKey(task, condition, KEY_SPACE, key.layer)
+    }
+
+
+def _mean_over_layers(by_layer: Sequence[KernelSums]) -> KernelSums:
+    """Sums whose MMD^2 is the mean over layers; the statistic is linear in the sums."""
+    vv, tt, vt = (np.mean([getattr(sums, name) for sums in by_layer], axis=0) for name in ("vv", "tt", "vt"))
+    return replace(by_layer[0], vv=vv, tt=tt, vt=vt)
 
 
 def _same_bandwidths(a: RunData | None, b: RunData | None, task: str, layers: Sequence[int]) -> bool:
@@ -163,37 +169,30 @@ def _change(result: stats.PairedChange) -> dict[str, Any]:
 
 
 def js_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
-    """The classifier bound on the Jensen-Shannon divergence, mean over layers and KV heads, from the saved losses."""
+    """The classifier bound on the Jensen-Shannon divergence, mean over KV heads and over all or a band of layers, from
+    the saved losses."""
     captured = [(run, _losses_of(run.loaded.data, task)) for run in runs if run.loaded.data]
     captured = [(run, losses) for run, losses in captured if losses]
     if not captured:
         return
     shared = sorted(set.intersection(*(set(losses) for _, losses in captured)))
-    first: HeldOutLoss | None = None
-    for run, losses in captured:
-        assert run.loaded.data is not None
-        loss = stats.mean_losses([losses[layer] for layer in shared])
-        value, low, high = (float(number) for number in stats.js_bootstrap(loss))
-        table = js_by_layer(run.loaded.data, task)
-        ceiling = int(table["at_ceiling"].sum())
-        row = Row(
-            task,
-            "js",
-            "JS of keys",
-            NATS,
-            0,
-            run.label,
-            len(loss.clusters),
-            value,
-            low,
-            high,
-            note=f"at the ln 2 ceiling in {ceiling} of {len(table)} layers" if ceiling else "",
-        )
-        if first is None:
-            yield row
-            first = loss
-        else:
-            yield extended(row, _js_change, first, loss)
+    for band, layers in layer_bands(shared).items():
+        first: HeldOutLoss | None = None
+        for run, losses in captured:
+            assert run.loaded.data is not None
+            loss = stats.mean_losses([losses[layer] for layer in layers])
+            value, low, high = (float(number) for number in stats.js_bootstrap(loss))
+            table = js_by_layer(run.loaded.data, task)
+            ceiling = int(table.loc[table["layer"].isin(layers), "at_ceiling"].sum())
+            name, label = _banded("js", "JS of keys", band)
+            row = Row(task, name, label, NATS, 0, run.label, len(loss.clusters), value, low, high)
+            if ceiling:
+                row = noted(row, f"at the ln 2 ceiling in {ceiling} of {len(layers)} layers")
+            if first is None:
+                yield row
+                first = loss
+            else:
+                yield extended(row, _js_change, first, loss)
 
 
 def _losses_of(data: RunData, task: str) -> dict[int, HeldOutLoss]:

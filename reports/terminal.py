@@ -8,8 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lmms_keyspace.reports.compare import Comparison
-from lmms_keyspace.reports.wording import printed
+from lmms_keyspace.reports.wording import printed, printed_looks
 
+_LOOKED = "Where it looked under misleading text (% of attention), by what it answered; a description, not a test"
 _LEGEND = (
     "Change: this run minus the base, on the groups both have, in the unit of the row (% rows: points). "
     "Detectable: the change that would be found with 80 % probability. p: paired, adjusted by Holm over the table."
@@ -28,9 +29,15 @@ def render_comparison(comparison: Comparison, console: Console) -> None:
             console.print(Text(f"\n{task}\n{_plain(shown)}"), soft_wrap=True)
         for mark, note in notes.items():
             console.print(Text(f"  {mark}: {note}", style="dim"), soft_wrap=True)
+        if len(looked := _of_task(comparison.looked, task)):
+            console.print(Text(f"\n{_LOOKED}\n{_plain(printed_looks(looked))}"), soft_wrap=True)
     for warning in comparison.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     console.print(Text(_LEGEND, style="dim"), soft_wrap=True)
+
+
+def _of_task(looked: pd.DataFrame, task: object) -> pd.DataFrame:
+    return looked[looked["task"] == task] if len(looked) else looked
 
 
 def _without_repetition(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:

@@ -6,11 +6,13 @@ import math
 
 import pandas as pd
 
+from lmms_keyspace.outcomes import GOLD, LURE
 from lmms_keyspace.reports.rows import MMD2, NATS, SCORE, SHARE
 
 _DECIMALS = {SHARE: 1, MMD2: 4, NATS: 3, SCORE: 3}
 _SCALE = {SHARE: 100.0, MMD2: 1.0, NATS: 1.0, SCORE: 1.0}
 NOTHING = "-"
+ANSWERED = {GOLD: "answered what the image shows", LURE: "answered what the text says"}
 
 COLUMNS = ("Task", "Metric", "Run", "Value [95 %]", "Change [95 %]", "p (Holm)", "Detectable", "Note")
 
@@ -75,3 +77,17 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
         for row in table.itertuples()
     ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def printed_looks(looked: pd.DataFrame) -> pd.DataFrame:
+    """Where runs looked under misleading text, one row per run and answer, from `curves.attention_when_misled`."""
+    segments = list(dict.fromkeys(looked["segment"]))
+    cells = {
+        (row.run, row.outcome, row.segment): estimate(row.value, row.ci_low, row.ci_high, SHARE)
+        for row in looked.itertuples()
+    }
+    rows = [
+        (run, ANSWERED[outcome], str(documents), *(cells.get((run, outcome, segment), NOTHING) for segment in segments))
+        for run, outcome, documents in looked[["run", "outcome", "documents"]].drop_duplicates().itertuples(index=False)
+    ]
+    return pd.DataFrame(rows, columns=["Run", "Answer", "Documents", *(f"To the {segment}" for segment in segments)])

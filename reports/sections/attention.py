@@ -6,13 +6,10 @@ from collections.abc import Sequence
 
 from lmms_keyspace.outcomes import GOLD, LURE
 from lmms_keyspace.reports import figures, wording
-from lmms_keyspace.reports.curves import SEGMENTS_SHOWN, attention_by_layer, attention_when_misled
+from lmms_keyspace.reports.curves import attention_by_layer, attention_when_misled
 from lmms_keyspace.reports.load import Run
-from lmms_keyspace.reports.rows import SHARE
-from lmms_keyspace.reports.sections.parts import MAX_PANELS, Panel, Part, Table, drawn, percent
+from lmms_keyspace.reports.sections.parts import MAX_PANELS, Panel, Part, drawn, percent, table_of
 from lmms_keyspace.reports.theme import FIRST_OTHER
-
-_ANSWERED = {GOLD: "answered what the image shows", LURE: "answered what the text says"}
 
 
 def attention(runs: Sequence[Run], task: str) -> Part | None:
@@ -50,10 +47,10 @@ def fooled(runs: Sequence[Run], task: str) -> Part | None:
                 f"fooled_{number}",
                 label,
                 figures.intervals(
-                    percent(rows.assign(outcome=rows["outcome"].map(_ANSWERED))),
+                    percent(rows.assign(outcome=rows["outcome"].map(wording.ANSWERED))),
                     category="segment",
                     series="outcome",
-                    order=tuple(_ANSWERED.values()),
+                    order=tuple(wording.ANSWERED.values()),
                     xlabel="% of attention",
                     title=f"Attention when misled, {task}, {label}",
                     limit=100 * table["ci_high"].max(),
@@ -62,27 +59,13 @@ def fooled(runs: Sequence[Run], task: str) -> Part | None:
                 f"{documents.get(GOLD, 0)} answers by the image, {documents.get(LURE, 0)} by the text.",
             )
         )
-    cells = {
-        (row.run, row.outcome, row.segment): wording.estimate(row.value, row.ci_low, row.ci_high, SHARE)
-        for row in table.itertuples()
-    }
-    lines = tuple(
-        (
-            str(run),
-            _ANSWERED[outcome],
-            str(documents),
-            *(cells.get((run, outcome, segment), wording.NOTHING) for segment in SEGMENTS_SHOWN),
-        )
-        for run, outcome, documents in table[["run", "outcome", "documents"]].drop_duplicates().itertuples(index=False)
-    )
-    columns = ("Run", "Answer", "Documents", *(f"To the {segment}" for segment in SEGMENTS_SHOWN))
     return Part(
         "Where it looked when fooled",
         "Attention of the last prompt token to the image, the misleading sentence (hint) and the question under "
         f"conflict, mean over layers, by what was answered.{left_out}",
         tuple(panels),
-        (Table(columns, lines, "% of attention [95 %]"),),
-        legend=tuple(_ANSWERED.values()),
+        (table_of(wording.printed_looks(table), "% of attention [95 %]"),),
+        legend=tuple(wording.ANSWERED.values()),
         warning="The two groups of answers differ in their scenes too: this is a description, not a cause.",
         frames={"attention_when_misled": table},
     )

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.reports import compare, load_runs, render_comparison
-from lmms_keyspace.reports.wording import number, p_value, printed
+from lmms_keyspace.reports.wording import number, p_value, printed, printed_looks
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,33 @@ def test_mmd2_is_the_mean_of_the_layers(three_runs, comparison):
     data = read_run(three_runs[0], BASE.date)
     by_layer = [mmd2_from_sums(data.gram[GramKey(TASK, "clean", "k_pre", layer)]).mean() for layer in fake_runs.LAYERS]
     assert row(comparison, "mmd2", "bundled base").value == pytest.approx(np.mean(by_layer))
+
+
+def test_divergence_by_band_is_the_mean_of_its_layers(comparison):
+    """Layers 0 and 1 are early, 2 middle, 3 late."""
+    for metric in ("mmd2", "js"):
+        of_band = {band: row(comparison, f"{metric}_{band}", "malora") for band in ("early", "middle", "late")}
+        mean = (2 * of_band["early"].value + of_band["middle"].value + of_band["late"].value) / 4
+        assert row(comparison, metric, "malora").value == pytest.approx(mean)
+        change = (2 * of_band["early"].delta + of_band["middle"].delta + of_band["late"].delta) / 4
+        assert row(comparison, metric, "malora").delta == pytest.approx(change)
+        assert all(band.p_adjusted < 0.05 and band.delta_high < 0 for band in of_band.values())
+
+
+def test_where_it_looked_when_fooled(comparison):
+    """The fake runs look 5 points less at the image and 5 more at the hint where they answer the lure."""
+    looked = comparison.looked.set_index(["run", "outcome", "segment"])["value"]
+    for run in comparison.runs:
+        assert looked[run, "gold", "image"] - looked[run, "lure", "image"] == pytest.approx(0.05)
+        assert looked[run, "lure", "hint"] - looked[run, "gold", "hint"] == pytest.approx(0.05)
+        assert looked[run, "lure", "question"] == pytest.approx(0.2)
+    rows = json.loads(comparison.to_json())["where_it_looked"]
+    assert len(rows) == 3 * 2 * 3
+    assert {one["task"] for one in rows} == {TASK}
+    plain = io.StringIO()
+    render_comparison(comparison, Console(file=plain))
+    for cell in printed_looks(comparison.looked).iloc[:, 2:].to_numpy().ravel():
+        assert cell in plain.getvalue()
 
 
 def test_js_at_the_ceiling_is_said(comparison):
