@@ -1,0 +1,352 @@
+"""docs/study.md and its figures, from the raw files of the study.
+
+Every interval says what its unit is. Contrasts are paired: an arm and its control share scenes, order and start of one
+seed. Nothing is concluded that an interval does not show, and nothing at all while the grid is incomplete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+from scipy.stats import ttest_1samp
+from study_units import CORE, DATA, HEADLINE, OTHERS, OTHERS_DATA, TRAINING_FREE, final_units
+
+from lmms_keyspace import stats
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+DOCS = Path(__file__).parent.parent / "docs"
+OUTCOMES = {
+    "clean_acc": "clean accuracy",
+    "text_flip_rate": "flip rate",
+    "benefit": "match benefit",
+    "text_perplexity": "text perplexity",
+    "mmd2_k_pre": "MMD^2 (trained kernel)",
+    "mmd2_narrow_k_pre": "MMD^2, narrow",
+    "mmd2_laplace_k_pre": "MMD^2, Laplace",
+    "mmd2_laplace_k_post": "MMD^2, Laplace, after RoPE",
+    "js_k_pre": "JS, nats",
+    "js_k_post": "JS after RoPE, nats",
+    "attention_mass_conflict": "attention mass on the image, conflict",
+    "visual_advantage_conflict": "visual logit advantage, conflict",
+}
+CONTROL = "lora_k"
+INDEPENDENT = "mmd2_laplace_k_pre"  # a divergence that is not the trained one, for questions that need one figure
+
+
+class Contrast(NamedTuple):
+    """Mean difference over seeds with its 95 % t interval and p; the unit is the seed."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def write_page(raw: Path, prints: dict[str, str], docs: Path = DOCS) -> Path:
+    """Write `study.md` and its figures under `docs`; returns the page.
+
+    Args:
+        raw: folder of the raw files.
+        prints: fingerprints of the bundled base and the generator as they are now.
+        docs: folder of the page.
+    """
+    records = [json.loads(file.read_text()) for file in sorted((raw / "final").rglob("*.json"))]
+    table = pd.DataFrame([record["unit"] | record["figures"] for record in records])
+    stale = stale_files(records, prints)
+    bases = ["bundled", *sorted({str(record["unit"]["base"]) for record in records} - {"bundled"})]
+    rates = dict.fromkeys((*CORE, *OTHERS), 0.0)  # which units there should be does not depend on the rates
+    missing = {unit.name for unit in final_units(bases, rates)} - {_name(record) for record in records}
+    lines = [_INTRODUCTION, *_state(records, prints, stale, missing)]
+    if not missing and not stale:
+        figures = docs / "study"
+        figures.mkdir(exist_ok=True)
+        bundled = [record for record in records if record["unit"]["base"] == "bundled"]
+        own = table[table["base"] == "bundled"]
+        lines += [*_answers(own, bundled), *_tables(own), *_by_layer(bundled), *_training_free(own, bundled)]
+        lines += [*_by_document(bundled), *_bases(table, bases)]
+        _draw(own, figures)
+        lines += ["", "## Figures", "", "![flip rates](study/flip.svg)", "", "![fall and change](study/change.svg)"]
+    page = docs / "study.md"
+    page.write_text("\n".join(lines).rstrip() + "\n")
+    return page
+
+
+def stale_files(records: Iterable[dict[str, Any]], prints: dict[str, str]) -> list[str]:
+    """Names of units that rest on another generator, or on other weights of the bundled base."""
+    return [
+        _name(record)
+        for record in records
+        if record["generator_sha256"] != prints["generator_sha256"]
+        or (record["unit"]["base"] == "bundled" and record["base_sha256"] != prints["base_sha256"])
+    ]
+
+
+def paired(table: pd.DataFrame, arm: str, control: str, data: str, outcome: str) -> Contrast:
+    """Arm less control, seed by seed."""
+
+    def of(name: str) -> pd.Series:
+        rows = table[(table["arm"] == name) & (table["data"] == data)]
+        return rows.set_index("seed")[outcome].sort_index()
+
+    return contrast((of(arm) - of(control)).to_numpy())
+
+
+def contrast(differences: np.ndarray) -> Contrast:
+    """Mean of paired differences with its t interval; a point with p = 1 where they are all 0."""
+    mean, n = float(differences.mean()), len(differences)
+    error = float(differences.std(ddof=1) / np.sqrt(n))
+    if error == 0:
+        return Contrast(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    half = float(student.ppf(0.975, n - 1)) * error
+    return Contrast(mean, mean - half, mean + half, float(ttest_1samp(differences, 0).pvalue))
+
+
+_INTRODUCTION = """# Study: does aligning visual with text keys make the model rely on the image?
+
+The bundled model of one million parameters is fine-tuned on generated scenes in several ways that differ in the method
+alone, and measured on scenes it has not seen. What holds for it need not hold for a large model.
+
+- **Arms**: the base; plain LoRA on the keys with equal parameters; MaLoRA without its MMD term; MaLoRA with the weights
+  0.01, 0.1 and 1 of that term (Gram 0.1 in all MaLoRA arms); and on one data setting MaLoRA without gate, without Gram,
+  one LoRA per modality, LoRA on q, k, v and o, MokA-style, and four changes of the base without training.
+- **Data**: questions without hints; half of them with true hints; with one hint in ten, or every second, misleading.
+  The answer to learn is always what the picture shows.
+- **Seeds**: five, each with its own scenes, order and start, shared by all arms. Learning rates were chosen before, on
+  two other seeds, from the same three values for every arm, by the margin of the right answer to plain questions.
+- **Measured** on 200 scenes of the seed space `probe` under four conditions. The trained quantity is MMD^2 of keys
+  before RoPE with one kernel; every claim about divergence rests on another kernel, the classifier's bound of the
+  Jensen-Shannon divergence, or the keys after RoPE.
+
+Raw files: `benchmarks/study/`, one for every adapter. `python benchmarks/study.py` says how they are made.
+"""
+
+
+def _state(records: list[dict[str, Any]], prints: dict[str, str], stale: list[str], missing: set[str]) -> list[str]:
+    lines = ["## State", ""]
+    if stale:
+        lines += [
+            f"**Stale**: {len(stale)} of {len(records)} units rest on another base or generator. Run it again.",
+            "",
+        ]
+    if missing:
+        lines += [f"**Incomplete**: {len(missing)} units are missing, so nothing is concluded here.", ""]
+    lines += [
+        f"- sha256 of the base (weights and tokenizer): `{prints['base_sha256']}`",
+        f"- sha256 of the generator (`lmms_keyspace/scenes.py`): `{prints['generator_sha256']}`",
+    ]
+    if records:
+        seconds = [record["seconds"]["train"] + record["seconds"]["measure"] for record in records]
+        lines.append(f"- {len(records)} units; median {np.median(seconds):.0f} s each, longest {max(seconds):.0f} s")
+    return [*lines, ""]
+
+
+def _answers(table: pd.DataFrame, records: list[dict[str, Any]]) -> list[str]:
+    """The questions, answered by counting what the adjusted intervals show."""
+    lines = ["## Answers", ""]
+    questions = {
+        "Does the divergence fall more than with plain LoRA of equal parameters?": INDEPENDENT,
+        "Does the text bias (flip rate) fall more than with plain LoRA of equal parameters?": "text_flip_rate",
+        "Does clean accuracy change against plain LoRA?": "clean_acc",
+    }
+    for question, outcome in questions.items():
+        lines += [f"**{question}**", ""]
+        for data in DATA:
+            shown = []
+            for arm, found, p in _family(table, CORE[1:], CONTROL, data, outcome):
+                word = "no difference shown" if p >= 0.05 else ("lower" if found.difference < 0 else "higher")
+                shown.append(f"{arm} {_text(found)}, {word} (p {p:.3f})")
+            lines.append(f"- {data}: " + "; ".join(shown) + ".")
+        lines.append("")
+    lines += ["Intervals: seeds, 5 pairs, t; p adjusted by Holm over the arms of a line.", ""]
+    lines += [f"**The same by documents**: share that follows the misleading text, less {CONTROL}", ""]
+    for data in DATA:
+        of = {arm: [r for r in records if r["unit"]["arm"] == arm and r["unit"]["data"] == data] for arm in CORE}
+        shown = [f"{arm} {_text(follows_text(of[arm], of[CONTROL]))}" for arm in CORE[1:]]
+        lines.append(f"- {data}: " + "; ".join(shown) + ".")
+    return [*lines, "", "Intervals: 200 documents, bootstrap, means over the seeds; not adjusted.", ""]
+
+
+def _family(
+    table: pd.DataFrame, arms: Sequence[str], control: str, data: str, outcome: str
+) -> list[tuple[str, Contrast, float]]:
+    found = [paired(table, arm, control, data, outcome) for arm in arms]
+    return list(zip(arms, found, stats.holm([each.p for each in found]), strict=True))
+
+
+def _tables(table: pd.DataFrame) -> list[str]:
+    lines = ["## All outcomes", "", "Means over five seeds; the base is one model.", ""]
+    base = table[table["arm"] == "base"].iloc[0]
+    for data in DATA:
+        arms = CORE + (OTHERS if data == OTHERS_DATA else ())
+        lines += [f"### {data}", "", f"| | base | {' | '.join(arms)} |", "|---" * (len(arms) + 2) + "|"]
+        own = table[table["data"] == data]
+        for outcome, label in OUTCOMES.items():
+            cells = [f"{own[own['arm'] == arm][outcome].mean():.3f}" for arm in arms]
+            lines.append(f"| {label} | {base[outcome]:.3f} | {' | '.join(cells)} |")
+        lines += ["", f"Less {CONTROL}, with 95 % intervals over seeds and p adjusted over the arms:", ""]
+        rest = [arm for arm in arms if arm != CONTROL]
+        lines += [f"| | {' | '.join(rest)} |", "|---" * (len(rest) + 1) + "|"]
+        for outcome, label in OUTCOMES.items():
+            cells = [f"{_text(found)} p {p:.3f}" for _, found, p in _family(table, rest, CONTROL, data, outcome)]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def _by_layer(records: list[dict[str, Any]]) -> list[str]:
+    """Slopes of the change of the flip rate on the fall of the divergence, layer by layer."""
+    base = next(record for record in records if record["unit"]["arm"] == "base")
+    trained = [record for record in records if record["unit"]["arm"] in CORE]
+    falls = np.array(
+        [np.subtract(base["by_layer"][INDEPENDENT], record["by_layer"][INDEPENDENT]) for record in trained]
+    )
+    change = [record["figures"]["text_flip_rate"] - base["figures"]["text_flip_rate"] for record in trained]
+    data = [record["unit"]["data"] for record in trained]
+    clusters = [f"{record['unit']['data']} {record['unit']['seed']}" for record in trained]
+    slopes = stats.cluster_slopes(change, falls.T, clusters, strata=data)
+    lines = ["## Does the fall by layer predict the change of the flip rate?", ""]
+    lines += ["| layer | change of the flip rate for a fall of 0.1 | adjusted p |", "|---|---|---|"]
+    for layer, p in enumerate(stats.holm(slopes.p)):
+        found = [0.1 * float(each[layer]) for each in (slopes.slope, slopes.low, slopes.high)]
+        lines.append(f"| {layer} | {found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}] | {p:.3f} |")
+    unit = (
+        f"{slopes.n} adapters of the core arms in {slopes.clusters} clusters (data and seed), one level for each data"
+    )
+    return [
+        *lines,
+        "",
+        f"Divergence: {OUTCOMES[INDEPENDENT]}. Least squares, {unit}. Arms differ in more than this.",
+        "",
+    ]
+
+
+def _training_free(table: pd.DataFrame, records: list[dict[str, Any]]) -> list[str]:
+    base = next(record for record in records if record["unit"]["arm"] == "base")
+    figures = table.groupby("arm")[list(OUTCOMES)].mean()
+    lines = ["## Does a change without training do the same?", ""]
+    lines += [f"| | base | {' | '.join(TRAINING_FREE)} |", "|---" * (len(TRAINING_FREE) + 2) + "|"]
+    for outcome, label in OUTCOMES.items():
+        cells = [f"{figures.loc[arm, outcome]:.3f}" for arm in ("base", *TRAINING_FREE)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    changes = [follows_text([r for r in records if r["unit"]["arm"] == arm], [base]) for arm in TRAINING_FREE]
+    lines.append(f"| follows the misleading text, less base | | {' | '.join(map(_text, changes))} |")
+    return [*lines, "", "Means over draws of the statistics or the direction; intervals by documents.", ""]
+
+
+def follows_text(records: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]]) -> Contrast:
+    """Share of documents answered with the lure under conflict, less that of the controls; the unit is the document."""
+    shares = [
+        np.mean([[code == "l" for code in record["documents"]["conflict"]] for record in side], axis=0)
+        for side in (records, controls)
+    ]
+    difference = shares[0] - shares[1]
+    low, high = stats.cluster_bootstrap(difference, list(range(len(difference))))
+    return Contrast(float(difference.mean()), low, high, float("nan"))
+
+
+def _by_document(records: list[dict[str, Any]]) -> list[str]:
+    """Document by document: does more attention to the image go with a larger margin of the right answer?"""
+    base = next(record for record in records if record["unit"]["arm"] == "base")["documents"]
+    lines = ["## Document by document", ""]
+    lines += [
+        "Change (adapted less base, same document, conflict) of the margin of gold over the lure, in nats, for:",
+        "",
+    ]
+    lines += [
+        "| arms | 0.1 more attention mass on the image | 1 more visual logit advantage | documents |",
+        "|---|---|---|---|",
+    ]
+    for label, arms in (("LoRA on keys", CORE[:1]), ("MaLoRA without MMD", CORE[1:2]), ("MaLoRA", CORE[2:])):
+        rows = [_document_rows(record, base) for record in records if record["unit"]["arm"] in arms]
+        table = pd.concat(rows, ignore_index=True).dropna()
+        x = table[["mass", "advantage"]].to_numpy().T
+        slopes = stats.cluster_slopes(table["margin"], x, table["document"].tolist(), strata=table["unit"].tolist())
+        cells = []
+        for place, step in ((0, 0.1), (1, 1.0)):
+            value, low, high = (step * float(each[place]) for each in (slopes.slope, slopes.low, slopes.high))
+            cells.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
+        lines.append(f"| {label} | {' | '.join(cells)} | {slopes.clusters} |")
+    return [*lines, "", "95 % intervals by documents (cluster-robust), one level for each adapter.", ""]
+
+
+def _document_rows(record: dict[str, Any], base: dict[str, Any]) -> pd.DataFrame:
+    own = record["documents"]
+    names = {"margin": "margin_conflict", "mass": "attention_mass_conflict", "advantage": "visual_advantage_conflict"}
+    columns = {
+        short: np.array(own[name], dtype=float) - np.array(base[name], dtype=float) for short, name in names.items()
+    }
+    return pd.DataFrame(columns | {"document": range(len(own["margin_conflict"])), "unit": _name(record)})
+
+
+def _bases(table: pd.DataFrame, bases: list[str]) -> list[str]:
+    lines = ["## On other bases", ""]
+    if len(bases) == 1:
+        return [*lines, "Not run: `--base NAME=FOLDER` adds a base that the builder made from another seed.", ""]
+    lines += [f"{OTHERS_DATA}, less {CONTROL}, 95 % intervals over seeds within a base.", ""]
+    lines += ["| base | arm | flip rate | clean accuracy | " + OUTCOMES[INDEPENDENT] + " |", "|---" * 5 + "|"]
+    for base in bases:
+        own = table[table["base"] == base]
+        for arm in HEADLINE[1:]:
+            cells = [
+                _text(paired(own, arm, CONTROL, OTHERS_DATA, outcome))
+                for outcome in ("text_flip_rate", "clean_acc", INDEPENDENT)
+            ]
+            lines.append(f"| {base} | {arm} | {' | '.join(cells)} |")
+    for arm in HEADLINE[1:]:
+        each = [
+            paired(table[table["base"] == base], arm, CONTROL, OTHERS_DATA, "text_flip_rate").difference
+            for base in bases
+        ]
+        lines += ["", f"{arm}, flip rate, unit base ({len(bases)}): {_text(contrast(np.array(each)))}."]
+    return [*lines, ""]
+
+
+def _draw(table: pd.DataFrame, folder: Path) -> None:
+    """`flip.svg`: flip rate by arm and data, points are seeds. `change.svg`: fall of the divergence against change."""
+    base = table[table["arm"] == "base"].iloc[0]
+    plt.rcParams["svg.hashsalt"] = "study"  # the same figures give the same file
+    figure, axes = plt.subplots(1, len(DATA), sharey=True, figsize=(11, 3.2))
+    for axis, data in zip(axes, DATA, strict=True):
+        for place, arm in enumerate(CORE):
+            values = table[(table["arm"] == arm) & (table["data"] == data)]["text_flip_rate"]
+            axis.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.6)
+            axis.plot([place - 0.3, place + 0.3], [values.mean()] * 2, color=f"C{place}")
+        axis.axhline(base["text_flip_rate"], color="gray", linestyle=":")
+        axis.set_xticks(range(len(CORE)), CORE, rotation=60, ha="right")
+        axis.set_title(data)
+    axes[0].set_ylabel("flip rate (dotted: base)")
+    _save(figure, folder / "flip.svg")
+    figure, axis = plt.subplots(figsize=(5.5, 4))
+    for place, arm in enumerate(CORE):
+        own = table[table["arm"] == arm]
+        fall, change = base[INDEPENDENT] - own[INDEPENDENT], own["text_flip_rate"] - base["text_flip_rate"]
+        axis.plot(fall, change, "o", color=f"C{place}", alpha=0.6, label=arm)
+    axis.axhline(0, color="gray", linewidth=0.5)
+    axis.set_xlabel(f"fall of {OUTCOMES[INDEPENDENT]}")
+    axis.set_ylabel("change of the flip rate")
+    axis.legend(fontsize="small")
+    _save(figure, folder / "change.svg")
+
+
+def _save(figure: Any, file: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _text(found: Contrast) -> str:
+    return f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+
+
+def _name(record: dict[str, Any]) -> str:
+    unit = record["unit"]
+    return f"{unit['phase']}/{unit['base']}/{unit['arm']}-{unit['data']}-{unit['seed']}"
