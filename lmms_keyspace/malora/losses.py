@@ -83,6 +83,19 @@ def gram_loss(keys: Tensor, reference: Tensor) -> Tensor:
     return (keys @ keys.mT - target).square().sum(dim=(-2, -1)) / target.square().sum(dim=(-2, -1))
 
 
+def warmup(step: int, steps: int, share: float) -> float:
+    """The share of the MMD weight that acts at a step: it rises linearly from 1 / w at the first to 1 at the w-th.
+
+    That it rises, linearly and over a tenth of the steps as the trainers have it, is this project's own choice.
+
+    Args:
+        step: from 0.
+        steps: of the whole training.
+        share: w / steps, from 0 (no warm-up) to 1.
+    """
+    return min(1.0, (step + 1) / max(1, round(share * steps)))
+
+
 def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 

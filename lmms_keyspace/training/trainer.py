@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lmms_keyspace.malora import visual_token_ids
+from lmms_keyspace.malora.losses import warmup
 from lmms_keyspace.malora.taps import key_taps, tapped
 from lmms_keyspace.stats import hash_ranks
 from lmms_keyspace.training.alignment import (
@@ -132,8 +133,7 @@ class AlignmentTrainer(Trainer):
 
     def _rise(self) -> float:
         """The share of lambda_mmd that acts at this step."""
-        warm = max(1, round(self.loss.warmup * self.state.max_steps))
-        return min(1.0, (self.state.global_step + 1) / warm)
+        return warmup(self.state.global_step, self.state.max_steps, self.loss.warmup)
 
     def _note(self, ce: Tensor, terms: Terms) -> None:
         self._add(

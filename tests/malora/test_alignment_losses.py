@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lmms_keyspace import divergence
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.malora.losses import SCALES, gram_loss, mmd2_loss
+from lmms_keyspace.malora.losses import SCALES, gram_loss, mmd2_loss, warmup
 
 
 def clouds(seed: int, heads: int = 3, n: int = 7, m: int = 9, width: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,6 +100,12 @@ def test_gram_sees_scale_and_shape_but_not_translation_and_rotation(seed: int) -
         g, g0 = (np.einsum("id,jd->ij", c, c) for c in (k - k.mean(0), k0 - k0.mean(0)))
         expected.append(((g - g0) ** 2).sum() / (g0**2).sum())
     np.testing.assert_allclose(gram_loss(keys, other), expected, rtol=1e-10)
+
+
+def test_the_weight_of_the_mmd_rises_linearly_and_stays() -> None:
+    assert [warmup(step, 20, 0.2) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [warmup(step, 20, 0.0) for step in range(2)] == [1.0, 1.0]
+    assert warmup(19, 20, 1.0) == 1.0
 
 
 def test_bad_input() -> None:
