@@ -181,6 +181,34 @@ def train(
 
 
 @app.command()
+def analyze(
+    run: Annotated[Path, typer.Argument(help="Run folder of lmms-eval; the newest run in it is taken.")],
+    protocol: Annotated[str, typer.Option("--protocol", help="robust, paper or both.")] = "robust",
+    reference: Annotated[
+        Path | None, typer.Option("--reference", help="Base run: its bandwidths, and the change from it.")
+    ] = None,
+    spaces: Annotated[
+        str | None, typer.Option("--spaces", help="Joined with +, such as k_pre+k_post; default: those measured.")
+    ] = None,
+    permutations: Annotated[int, typer.Option("--permutations", help="Of the block permutation tests.")] = 1000,
+    seed: Annotated[int | None, typer.Option("--seed", help="Default: the run's.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; default: analysis beside the run.")] = None,
+) -> None:
+    """Tests, intervals, bands and changes of a finished run again; goes on where it was when it is stopped."""
+    from lmms_keyspace.analysis import show_analysis
+
+    show_analysis(
+        run,
+        protocol=protocol,
+        reference=reference,
+        spaces=spaces.split("+") if spaces else None,
+        n_permutations=permutations,
+        seed=seed,
+        out=out,
+    )
+
+
+@app.command()
 def doctor() -> None:
     """Check the installation: registration, every task, versions, bundled weights. Exits 1 when something is wrong."""
     from lmms_keyspace.doctor import examine

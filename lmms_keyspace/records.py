@@ -72,6 +72,25 @@ DIVERGENCE_COLUMNS: Mapping[str, str] = {
     "estimator_version": "string",
     "note": "string",  # empty, or why the row could not be computed
 }
+CHANGE_COLUMNS: Mapping[str, str] = {
+    "task": "string",
+    "condition": "string",
+    "layer": "int32",
+    "head": "string",
+    "space": "string",
+    "estimator": "string",  # mmd2 | js_classifier, visual against text
+    "delta": "float64",  # the run less the reference run, on the clusters that both have
+    "ci_low": "float64",
+    "ci_high": "float64",
+    "band_low": "float64",  # simultaneous for the tests that test_family names
+    "band_high": "float64",
+    "p": "float64",
+    "p_adjusted": "float64",
+    "test_family": "string",
+    "mde": "float64",  # minimum detectable change at 80 % power, single test
+    "n_clusters": "int64",
+    "note": "string",  # empty, or why the row could not be computed
+}
 ATTENTION_COLUMNS: Mapping[str, str] = {
     "task": "string",
     "doc_id": "int64",

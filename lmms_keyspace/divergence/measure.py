@@ -22,8 +22,8 @@ class Measurement(NamedTuple):
     """The table with `records.DIVERGENCE_COLUMNS`, and what its mmd2 and js_classifier rows follow from."""
 
     table: pd.DataFrame
-    gram: dict[GramKey, KernelSums]
-    losses: dict[GramKey, HeldOutLoss]
+    gram: Mapping[GramKey, KernelSums]
+    losses: Mapping[GramKey, HeldOutLoss]
 
 
 def measure(

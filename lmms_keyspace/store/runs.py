@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import HeldOutLoss, KernelSums, RunData, RunRecord
 from lmms_keyspace.store.files import check_version, read_json, require, rerun, with_prefix, write
-from lmms_keyspace.store.tables import TABLES, read_table, table_bytes
+from lmms_keyspace.store.tables import read_table, table_bytes
 from lmms_keyspace.store.tensors import by_document_bytes, keys_bytes, read_by_document, read_keys
 
 # lmms-eval's date, e.g. 20261121_104102. Tasks write files called `<something>_results.json` too: those are not runs.
@@ -82,7 +82,9 @@ def read_run(folder: Path, date: str) -> RunData:
     `gram` and the arrays of `keys` are read from disk when accessed.
     """
     record = _read_record(folder / f"{date}_keyspace.json")
-    frames = {name: read_table(folder / f"{date}_{name}.parquet", name) for name in TABLES if name != "options"}
+    frames = {
+        name: read_table(folder / f"{date}_{name}.parquet", name) for name in ("divergence", "attention", "tokens")
+    }
     options_path = folder / f"{date}_options.parquet"
     options = read_table(options_path, "options") if options_path.exists() else None
     tokens = frames["tokens"]

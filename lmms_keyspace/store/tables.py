@@ -10,7 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.records import ATTENTION_COLUMNS, DIVERGENCE_COLUMNS, OPTION_COLUMNS, SCHEMA_VERSION, TOKEN_COLUMNS
+from lmms_keyspace.records import (
+    ATTENTION_COLUMNS,
+    CHANGE_COLUMNS,
+    DIVERGENCE_COLUMNS,
+    OPTION_COLUMNS,
+    SCHEMA_VERSION,
+    TOKEN_COLUMNS,
+)
 from lmms_keyspace.store.files import VERSION_KEY, check_version, require, rerun
 
 TABLES: Mapping[str, Mapping[str, str]] = {
@@ -18,6 +25,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
     "attention": ATTENTION_COLUMNS,
     "tokens": TOKEN_COLUMNS,
     "options": OPTION_COLUMNS,
+    "changes": CHANGE_COLUMNS,
 }
 _ARROW = {
     "string": pa.string(),
