@@ -6,13 +6,13 @@ joined with the outcome, document by document, at each layer:
 - attention mass of the last prompt token on the image;
 - the visual logit advantage q.(mean visual key - mean text key) * scaling, which is `qk_visual - qk_text`, since the
   captured means are of scaled products and a product is linear in the key;
-- the log-sum-exp gap between the logits of image and text tokens, the log of the ratio of their attention, where the
-  run saved it.
+- the log-sum-exp gap between the logits of image and text tokens, the log of the ratio of their attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -31,7 +31,15 @@ COLUMNS = (
     "run", "link", "condition", "predictor", "heads", "layer", "documents", "clusters", "mean", "spread",
     "value", "ci_low", "ci_high", "p", "p_adjusted", "note",
 )  # fmt: skip
-_KEYS = ["doc_id", "cluster", "condition", "head_group", "layer"]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """`documents`: columns cluster, condition, correct, indexed by doc_id. `wide`: for each measure and kind of heads
+    (all together or not) a frame of documents by (heads, layer)."""
+
+    documents: pd.DataFrame
+    wide: Mapping[tuple[str, bool], pd.DataFrame]
 
 
 def functional_link(runs: Sequence[Run], task: str) -> pd.DataFrame:
@@ -48,14 +56,17 @@ def functional_link(runs: Sequence[Run], task: str) -> pd.DataFrame:
         COLUMNS; `mean` and `spread` of the measure (or of its change), in its own unit; value, ci_low and ci_high are
         shares. A link that cannot be computed has one row with its reason in `note`. Empty where nothing was captured.
     """
-    measured = [(run, _measures(run, task)) for run in runs]
-    measured = [(run, table) for run, table in measured if len(table)]
     rows: list[pd.DataFrame] = []
-    for run, table in measured:
-        rows += _slopes(run.label, WITHIN, table)
-        base_run, base = measured[0]
-        if run is not base_run and base_run is runs[0]:
-            rows += _slopes(run.label, CHANGE, _change(base, table))
+    base: _Measured | None = None
+    for run in runs:
+        measured = _measured(run, task)
+        if measured is None:
+            continue
+        rows += _slopes(run.label, WITHIN, measured)
+        if run is runs[0]:
+            base = measured
+        elif base is not None:
+            rows += _slopes(run.label, CHANGE, _change(base, measured))
     return pd.concat(rows, ignore_index=True)[list(COLUMNS)] if rows else pd.DataFrame(columns=list(COLUMNS))
 
 
@@ -87,65 +98,93 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _measures(run: Run, task: str) -> pd.DataFrame:
-    """Per document, layer and head group: `_KEYS`, correct, and a column per measure."""
+def _measured(run: Run, task: str) -> _Measured | None:
     samples = run.loaded.samples.get(task)
     if run.loaded.data is None or samples is None or not pd.api.types.is_numeric_dtype(samples.get("correct")):
-        return pd.DataFrame()
+        return None
     attention = run.loaded.data.attention
-    shown = attention[(attention["task"] == task) & (attention["n_image"] > 0)]
-    table = shown[_KEYS].assign(
-        **{
-            MASS: shown["mass_image"].astype(float),
-            ADVANTAGE: shown["qk_visual"].astype(float) - shown["qk_text"].astype(float),
-        }
-    )
-    if {"lse_visual", "lse_text"} <= set(shown.columns):
-        table[LSE_GAP] = shown["lse_visual"].astype(float) - shown["lse_text"].astype(float)
-    return table.merge(samples[["doc_id", "correct"]].astype({"correct": float}), on="doc_id", validate="many_to_one")
-
-
-def _change(base: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
-    joined = base.merge(run, on=_KEYS, suffixes=("_base", ""), validate="one_to_one")
-    columns = [name for name in ("correct", *PREDICTORS) if name in base and name in run]
-    return joined[_KEYS].assign(**{name: joined[name] - joined[f"{name}_base"] for name in columns})
-
-
-def _slopes(label: str, link: str, table: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """One frame per condition, measure and kind of heads (all together, each by itself), over layers and heads."""
-    misled, together = table["condition"] == CONFLICT, table["head_group"] == ALL_HEADS
-    conditions = {CONFLICT: misled} if misled.all() else {CONFLICT: misled, EVERY: misled | True}
+    table = attention[(attention["task"] == task) & (attention["n_image"] > 0)]
+    if table.empty:
+        return None
+    documents = table[["doc_id", "cluster", "condition"]].drop_duplicates("doc_id").set_index("doc_id")
+    documents = documents.join(samples.set_index("doc_id")["correct"].astype(float), how="inner", validate="one_to_one")
+    values = {
+        MASS: table["mass_image"].to_numpy(float),
+        ADVANTAGE: table["qk_visual"].to_numpy(float) - table["qk_text"].to_numpy(float),
+        LSE_GAP: table["lse_visual"].to_numpy(float) - table["lse_text"].to_numpy(float),
+    }
+    is_all = (table["head_group"] == ALL_HEADS).to_numpy()
     # Single heads are saved for fewer documents: they are a table of their own.
-    for (condition, chosen), heads in product(conditions.items(), (together, ~together)):
-        rows = table[chosen & heads]
-        if rows.empty:
-            continue
-        for predictor in (name for name in PREDICTORS if name in rows):
-            index = ["doc_id", "cluster", "condition", "correct", "head_group", "layer"]
-            wide = rows.set_index(index)[predictor].unstack(["head_group", "layer"]).dropna()  # noqa: PD010
-            frame = _regressed(wide)
-            tested = frame["p"].notna()
-            frame["p_adjusted"] = np.nan
-            frame.loc[tested, "p_adjusted"] = stats.holm(frame.loc[tested, "p"])
-            yield frame.assign(run=label, link=link, condition=condition, predictor=predictor)
-
-
-def _regressed(wide: pd.DataFrame) -> pd.DataFrame:
-    """Slopes of `correct` on each column of `wide`, which is indexed by document, cluster, condition and outcome."""
-    outcome, cluster, condition = (
-        wide.index.get_level_values(name).to_numpy() for name in ("correct", "cluster", "condition")
+    return _Measured(
+        documents,
+        {
+            (name, together): _wide(table[is_all == together], column[is_all == together])
+            for name, column in values.items()
+            for together in (True, False)
+            if (is_all == together).any()
+        },
     )
-    x = wide.to_numpy(dtype=np.float64).T
-    places = {"heads": wide.columns.get_level_values(0), "layer": wide.columns.get_level_values(1)}
-    counts = {"documents": len(wide), "clusters": len(set(cluster))}
-    within = wide - wide.groupby(level="condition").transform("mean")
-    spread = np.sqrt((within.to_numpy() ** 2).mean(axis=0)) if len(wide) else np.full(len(x), np.nan)
-    described = {**places, **counts, "mean": x.mean(axis=1) if len(wide) else np.nan, "spread": spread}
+
+
+def _wide(table: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
+    """Values of the rows as documents by (heads, layer); a document that lacks one is left out."""
+    documents, row = np.unique(table["doc_id"].to_numpy(), return_inverse=True)
+    head, heads = pd.factorize(table["head_group"])
+    layers, layer = np.unique(table["layer"].to_numpy(), return_inverse=True)
+    matrix = np.full((len(documents), len(heads) * len(layers)), np.nan)
+    matrix[row, head * len(layers) + layer] = values
+    columns = pd.MultiIndex.from_product([heads, layers], names=["heads", "layer"])
+    return pd.DataFrame(matrix, pd.Index(documents, name="doc_id"), columns).dropna()
+
+
+def _change(base: _Measured, run: _Measured) -> _Measured:
+    shared = run.documents.join(base.documents["correct"], rsuffix="_base", how="inner")
+    documents = shared.assign(correct=shared["correct"] - shared["correct_base"]).drop(columns="correct_base")
+    changes = {
+        key: (run.wide[key] - base.wide[key]).dropna(axis="columns", how="all") for key in run.wide.keys() & base.wide
+    }
+    return _Measured(documents, {key: changes[key].dropna() for key in run.wide if key in changes})
+
+
+def _slopes(label: str, link: str, measured: _Measured) -> Iterator[pd.DataFrame]:
+    """One frame per condition, measure and kind of heads (all together, each by itself), over layers and heads."""
+    misled = measured.documents["condition"] == CONFLICT
+    conditions = {CONFLICT: misled} if misled.all() else {CONFLICT: misled, EVERY: misled | True}
+    for (condition, chosen), ((predictor, _), wide) in product(conditions.items(), measured.wide.items()):
+        shared = measured.documents.index[chosen].intersection(wide.index)
+        if shared.empty:
+            continue
+        frame = _regressed(measured.documents.loc[shared], wide.loc[shared])
+        tested = frame["p"].notna()
+        frame["p_adjusted"] = np.nan
+        frame.loc[tested, "p_adjusted"] = stats.holm(frame.loc[tested, "p"])
+        yield frame.assign(run=label, link=link, condition=condition, predictor=predictor)
+
+
+def _regressed(documents: pd.DataFrame, wide: pd.DataFrame) -> pd.DataFrame:
+    """Slopes of `correct` on each column of `wide`; both have one row per document."""
+    x = wide.to_numpy(dtype=np.float64)
+    within = wide - wide.groupby(documents["condition"]).transform("mean")
+    spread = np.sqrt((within.to_numpy() ** 2).mean(axis=0))
+    described = {
+        "heads": wide.columns.get_level_values("heads"),
+        "layer": wide.columns.get_level_values("layer"),
+        "documents": len(documents),
+        "clusters": documents["cluster"].nunique(),
+        "mean": x.mean(axis=0),
+        "spread": spread,
+    }
     try:
-        found = stats.cluster_slopes(outcome, x, list(cluster), strata=list(condition))
+        found = stats.cluster_slopes(
+            documents["correct"].to_numpy(),
+            x.T,
+            documents["cluster"].tolist(),
+            strata=documents["condition"].tolist(),
+        )
     except InputError as error:
         nothing = dict.fromkeys(("value", "ci_low", "ci_high", "p"), np.nan)
         return pd.DataFrame({**described, **nothing, "note": str(error)})
     limits = {"value": found.slope * spread, "ci_low": found.low * spread, "ci_high": found.high * spread}
-    note = "" if len(set(outcome)) > 1 else "every document has the same outcome"
+    outcome = documents["correct"].to_numpy()
+    note = "every document has the same outcome" if (outcome == outcome[0]).all() else ""
     return pd.DataFrame({**described, **limits, "p": found.p, "note": note})

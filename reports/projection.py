@@ -11,7 +11,7 @@ from lmms_keyspace.records import TEXT, VISUAL
 from lmms_keyspace.reports.keyspace import KEY_SPACE, main_condition
 from lmms_keyspace.reports.load import Run
 
-MAX_TOKENS = 800  # per run: beyond it the page grows and the picture does not
+MAX_TOKENS = 600  # per run: beyond it the page grows and the picture does not
 PCA_DIMENSIONS = 50
 MIN_TOKENS = 10
 
