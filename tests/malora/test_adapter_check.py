@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from adapter_models import tiny_llava
-from peft import LoraConfig, get_peft_model
+from adapter_models import batch, prompt, tiny_llava
+from models import family_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lmms_keyspace.errors import InputError
@@ -39,6 +41,9 @@ def refused(folder: Path, **text_settings: int) -> str:
         (MaloraConfig(r=4), "MALORA"),
         (MaloraConfig(r=4, gate="none", layers_to_transform=[1]), "MALORA"),
         (MaloraConfig(r=4, target_modules=r".*language_model\..*self_attn\.(q|k|v|o)_proj"), "MALORA"),
+        (MaloraConfig(r=4, gate="head", sharing="A", shared_r=3, projections=["q", "k", "v"]), "MALORA"),
+        (MaloraConfig(r=4, r_visual=6, gate="modality"), "MALORA"),
+        (MaloraConfig(r=4, gate="none", sharing="B", cross_attention=1.0), "MALORA"),
         (KEY_LORA, "LORA"),
         (LoraConfig(r=4, target_modules=["q_proj", "k_proj", "down_proj"]), "LORA"),  # vision tower included
         (LoraConfig(r=4, target_modules=["k_proj", "v_proj"], rank_pattern={r".*v_proj": 2}), "LORA"),
@@ -65,8 +70,6 @@ def test_a_fitting_adapter(tmp_path: Path, config: object, method: str) -> None:
     ],
 )
 def test_another_architecture(tmp_path: Path, config: object, text_settings: dict[str, int], words: str) -> None:
-    import re
-
     assert re.search(words, refused(saved(tmp_path, config), **text_settings))
 
 
@@ -76,6 +79,49 @@ def test_another_rank_than_the_config(tmp_path: Path, config: object) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 8}))
     assert "its config has r 8" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sharing": "A"}, "malora_A.* axis 0"),
+        ({"sharing": "B"}, "malora_B.* axis 1"),
+        ({"gate": "head"}, "malora_gate_weight.* axis 0"),
+        ({"shared_r": 2}, "malora_[AB]"),
+        ({"target_modules": [], "r": 4}, "leave it out"),
+        ({"target_modules": ["keys"]}, "matches no module"),
+    ],
+)
+def test_another_form_than_the_config(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    folder = saved(tmp_path, MaloraConfig(r=4))
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert re.search(words, refused(folder))
+
+
+def test_an_adapter_of_a_fused_projection(tmp_path: Path) -> None:
+    model = family_model("llava_phi3")
+    get_peft_model(model, MaloraConfig(r=4)).save_pretrained(tmp_path)
+    assert check_adapter(tmp_path, family_model("llava_phi3").config).method == "MALORA"
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"projections": ["k", "v"]}))
+    with pytest.raises(InputError, match=r"malora_B.*axis 0 must be 64"):
+        check_adapter(tmp_path, family_model("llava_phi3").config)
+
+
+def test_a_config_from_before_there_were_variants(tmp_path: Path) -> None:
+    """Only the first version's fields, with its regex: the same adapter."""
+    model = get_peft_model(tiny_llava(), MaloraConfig(r=4, init_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    first = ("r", "alpha", "gate", "peft_type", "layers_to_transform", "modules_to_save", "base_model_name_or_path")
+    settings = {name: value for name, value in json.loads(file.read_text()).items() if name in first}
+    file.write_text(json.dumps(settings | {"target_modules": r".*language_model\..*self_attn\.k_proj"}))
+    inputs = batch(prompt("image", 10, 11))
+    check_adapter(tmp_path, tiny_llava().config)
+    with torch.no_grad():
+        again = PeftModel.from_pretrained(tiny_llava(), tmp_path).eval()(**inputs).logits
+        assert torch.equal(again, model(**inputs).logits)
 
 
 def test_files_that_are_missing_or_wrong(tmp_path: Path) -> None:
