@@ -16,6 +16,7 @@ from lmms_keyspace.intervene import spec as intervention
 from lmms_keyspace.records import SPACES
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("4bit", "8bit")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 # A name on the hub: `organisation/name` or a bare name, no path separators at its ends.
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -34,6 +35,7 @@ class Arguments:
         peft: folder or hub id of an adapter (MaLoRA or LoRA in PEFT's layout); None for none.
         revision: branch, tag or commit on the hub.
         dtype: float32 | bfloat16 | float16; None is float32 on the CPU, bfloat16 elsewhere.
+        quantization: 4bit | 8bit, weights by bitsandbytes (nf4, LLM.int8()); None loads them as they are stored.
         device: torch device; None is cuda when there is one, else cpu.
         device_map: auto spreads the weights over the devices that there are; None puts all of them on `device`.
         attn_implementation: sdpa | eager | flash_attention_2.
@@ -60,6 +62,7 @@ class Arguments:
     peft: str | None = None
     revision: str | None = None
     dtype: str | None = None
+    quantization: str | None = None
     device: str | None = None
     device_map: str | None = None
     attn_implementation: str = "sdpa"
@@ -218,6 +221,7 @@ _PARSERS: Mapping[str, Any] = {
     "peft": _folder_or_hub_id,
     "revision": _text,
     "dtype": _one_of(*DTYPES),
+    "quantization": _one_of(*QUANTIZATIONS),
     "device": _text,
     "attn_implementation": _one_of(*ATTENTION),
     "device_map": _one_of("auto"),

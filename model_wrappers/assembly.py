@@ -130,7 +130,7 @@ def _intervention(run: Observed) -> str | None:
     intervention = run.loaded.intervention
     if intervention is None:
         return None
-    used = run.images_of_intervention
+    used = len(run.images_of_intervention)
     return f"{intervention.name}, {used} of its images evaluated" if used else intervention.name
 
 
@@ -182,7 +182,7 @@ def _record(run: Observed, bandwidths: Bandwidths, finished: bool) -> RunRecord:
         device=str(loaded.device),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         attn_implementation=arguments.attn_implementation,
-        quantization=None,
+        quantization=loaded.quantization,
         batch_size=run.batch_size,
         processes=run.processes,
         processor_hash=_sha([loaded.processor.to_json_string(), str(loaded.processor.chat_template)]),

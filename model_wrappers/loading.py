@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import is_flash_attn_2_available
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 from lmms_keyspace import embedded
 from lmms_keyspace.errors import InputError
@@ -30,6 +30,7 @@ class Loaded:
     revision: str | None
     adapter: str | None
     adapter_info: AdapterInfo | None
+    quantization: str | None  # 4bit or 8bit as asked for, or how the checkpoint itself is quantized
     intervention: Intervention | None
 
     @property
@@ -52,11 +53,16 @@ def load(arguments: Arguments) -> Loaded:
     device = _device(arguments.device)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else _default_dtype(device)
     _check_attention(arguments.attn_implementation, dtype)
+    asked = _quantization(arguments.quantization, dtype)
     pretrained = str(arguments.pretrained)
     try:
         config = AutoConfig.from_pretrained(pretrained, revision=arguments.revision)
     except (OSError, ValueError) as error:
         raise InputError("pretrained", pretrained, f"no model config can be read there: {error}") from error
+    stored = getattr(config, "quantization_config", None)
+    if asked is not None and stored is not None:
+        way_out = f"the checkpoint is quantized already ({_method(stored)}); leave out the argument"
+        raise InputError("quantization", arguments.quantization, way_out)
     n_layers = config.get_text_config().num_hidden_layers
     if arguments.layers is not None and arguments.layers[-1] >= n_layers:
         raise InputError("layers", arguments.layers[-1], f"the decoder has layers 0 to {n_layers - 1}")
@@ -71,11 +77,13 @@ def load(arguments: Arguments) -> Loaded:
         revision=arguments.revision,
         dtype=dtype,
         attn_implementation=arguments.attn_implementation,
-        device_map=arguments.device_map,
+        quantization_config=asked,
+        # Quantized weights cannot be moved to a device afterwards.
+        device_map={"": device} if asked is not None and arguments.device_map is None else arguments.device_map,
     )
     if folder is not None:
         model = PeftModel.from_pretrained(model, str(folder))
-    if arguments.device_map is None:
+    if arguments.device_map is None and asked is None:
         model = model.to(device)
     model.eval()
     return Loaded(
@@ -86,6 +94,7 @@ def load(arguments: Arguments) -> Loaded:
         revision=arguments.revision or getattr(config, "_commit_hash", None),
         adapter=_recorded_name(arguments.peft) if arguments.peft else None,
         adapter_info=info,
+        quantization=arguments.quantization or (_method(stored) if stored is not None else None),
         intervention=None if spec is None else install(spec, statistics, model, seed=arguments.seed),
     )
 
@@ -112,6 +121,23 @@ def _check_attention(implementation: str, dtype: torch.dtype) -> None:
         )
     if dtype == torch.float32:
         raise InputError("dtype", "float32", "flash_attention_2 works in half precision; give dtype=bfloat16")
+
+
+def _quantization(bits: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if bits is None:
+        return None
+    if not is_bitsandbytes_available():
+        raise InputError(
+            "quantization", bits, "it needs the package bitsandbytes: pip install 'lmms-keyspace[quantized]'"
+        )
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _method(stored: Any) -> str:
+    """How a checkpoint says that it is quantized."""
+    return str(stored["quant_method"] if isinstance(stored, dict) else stored.quant_method)
 
 
 def _processor(arguments: Arguments, pretrained: str) -> Any:

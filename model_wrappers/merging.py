@@ -43,6 +43,7 @@ def merge(observed: Observed, ranks: Ranks) -> None:
     mine = {
         "batch_size": observed.batch_size,
         "options": observed.options,
+        "images_of_intervention": sorted(observed.images_of_intervention),
         "tasks": {
             name: {"rows": task.rows_captured, "tokens": task.token_counts, "images": task.image_tokens}
             for name, task in observed.tasks.items()
@@ -55,6 +56,7 @@ def merge(observed: Observed, ranks: Ranks) -> None:
 def _add(observed: Observed, other: Mapping[str, Any]) -> None:
     observed.batch_size = min(observed.batch_size, other["batch_size"])
     observed.options.extend(other["options"])
+    observed.images_of_intervention.update(other["images_of_intervention"])
     for name, counts in other["tasks"].items():
         task = observed.tasks[name]
         task.rows_captured += counts["rows"]

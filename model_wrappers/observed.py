@@ -47,7 +47,7 @@ class Observed:
     options: list[dict[str, Any]] = field(default_factory=list)  # rows of the options table
     processes: int = 1
     whole: bool = True  # no document that must be seen was answered from a cache
-    images_of_intervention: int = 0  # evaluated images that the intervention's statistics rest on
+    images_of_intervention: set[str] = field(default_factory=set)  # evaluated ones that its statistics rest on
 
     @property
     def second_pass(self) -> bool:

@@ -176,12 +176,12 @@ class Recorder:
             # A picture of one color stands for no picture, and is no document's own.
             own.update(_image_shas(request, [im for im in request.images() if im.convert("RGB").getcolors(1) is None]))
         used = intervention.images_used(own)
-        self.observed.images_of_intervention += used
+        self.observed.images_of_intervention |= used
         if used and self.observed.arguments.intervene_documents == "held_out":
             raise InputError(
                 "intervene",
                 intervention.name,
-                f"its statistics rest on {used} of the {len(own)} images that are evaluated; take a run on other "
+                f"its statistics rest on {len(used)} of the {len(own)} images that are evaluated; take a run on other "
                 "documents, or say intervene_documents=any",
             )
 

@@ -31,7 +31,9 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         ("keyspace_llava", "base", "keep_keys=on,spaces=k_pre+k_post"),
         ("malora_llava", "adapted", "keep_keys=on"),
     ):
-        evaluate(model, limit=48, batch_size=16, model_args=f"{more},layers=1+2,capture_clusters=8,keys_dir={folder / name}")
+        evaluate(
+            model, limit=48, batch_size=16, model_args=f"{more},layers=1+2,capture_clusters=8,keys_dir={folder / name}"
+        )
     data = only(folder / "adapted")
     settings = data.record.capture_settings | {"keep_keys": False}
     tokens = data.tokens.assign(keys_row=-1)

@@ -38,9 +38,9 @@ class Intervention:
     change: Change
     statistics: Statistics | None = None
 
-    def images_used(self, images: Iterable[str]) -> int:
-        """How many of these images (sha256) its statistics come from."""
-        return 0 if self.statistics is None else len(self.statistics.images & set(images))
+    def images_used(self, images: Iterable[str]) -> set[str]:
+        """Those of these images (sha256) that its statistics come from."""
+        return set() if self.statistics is None else set(self.statistics.images & set(images))
 
 
 def prepare(spec: Spec, model_config: Any, pretrained: str) -> Statistics | None:

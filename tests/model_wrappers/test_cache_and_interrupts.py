@@ -7,7 +7,7 @@ import sqlite3
 
 import pandas as pd
 import pytest
-from evaluation import DATE, evaluate, run_of
+from evaluation import DATE, evaluate, fix_cache_version, run_of
 from loguru import logger
 from transformers import GenerationMixin
 
@@ -72,6 +72,7 @@ def test_an_error_while_measuring_leaves_the_keys(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def full_cache(tmp_path_factory):
     """A cache that holds every answer, the run that filled it, and what it was asked with."""
+    fix_cache_version()
     cache = tmp_path_factory.mktemp("cache")
     out = tmp_path_factory.mktemp("first")
     results = evaluate("keyspace_llava", out, limit=LIMIT, batch_size=8, use_cache=str(cache), model_args=FEW)
@@ -134,6 +135,7 @@ def test_where_the_cache_has_every_answer_results_are_saved_before_the_error(mon
 
 
 def test_options_need_every_document(tmp_path):
+    fix_cache_version()
     given = {"limit": 6, "use_cache": str(tmp_path / "cache"), "model_args": "capture=off,option_logprobs=on"}
     evaluate("keyspace_llava", **given)
     with pytest.raises(InputError, match=r"of 6 documents.*option_logprobs=off"):
