@@ -21,6 +21,7 @@ from torch import nn
 from lmms_keyspace.attention import observed_attention
 from lmms_keyspace.families import Decoder, KeySite
 from lmms_keyspace.last_query import LastQueries
+from lmms_keyspace.random_keys import projection_of, random_keys
 from lmms_keyspace.sinks import can_have_sinks, is_sink
 
 # Largest difference between a rotated key and the one that attention got, relative to the largest key entry.
@@ -122,6 +123,9 @@ class Recording:
             self._handles.append(rotary.register_forward_pre_hook(self._on_rotary, with_kwargs=True))
             for site in self._sites:
                 self._handles.append(site.key_module.register_forward_hook(self._key_hook(site)))
+                if "k_rand" in self._spaces:
+                    projection = projection_of(site)
+                    self._handles.append(projection.register_forward_pre_hook(self._projection_hook(site)))
                 if self._self_check:
                     hook = self._cos_sin_hook(site)
                     self._handles.append(site.attention.register_forward_pre_hook(hook, with_kwargs=True))
@@ -219,6 +223,20 @@ class Recording:
             self._on_key(site, output.detach())
 
         return hook
+
+    def _projection_hook(self, site: KeySite) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self._on_projection(site, args[0].detach())
+
+        return hook
+
+    def _on_projection(self, site: KeySite, inputs: torch.Tensor) -> None:
+        """The input of the key projection, before its keys are counted."""
+        start = self._seen[site.layer]
+        places, rows, columns = self._within(start, min(start + inputs.shape[1], self._width), inputs.device)
+        if places.size:
+            self._order["k_rand", site.layer].append(places)
+            self._vectors["k_rand", site.layer].append(random_keys(site, inputs[rows, columns - start]))
 
     @torch.no_grad()
     def _on_hidden(self, site: KeySite, hidden: torch.Tensor) -> None:

@@ -29,8 +29,9 @@ VISUAL, TEXT, BOILERPLATE, SPECIAL, BOS, SINK, PADDING = MODALITIES = (
 # Where attention of the last prompt token goes. Text of a task that declares no segments is `question`;
 # `special` holds special, BOS and sink tokens.
 SEGMENTS = ("image", "hint", "question", "options", "boilerplate", "special")
-# Which vectors of the attention layer are captured: the key that enters RoPE, the key after it, query, value.
-SPACES = ("k_pre", "k_post", "q", "v")
+# Which vectors of the attention layer are captured: the key that enters RoPE, the key after it, query, value, and as a
+# control the key that a random projection would make.
+SPACES = ("k_pre", "k_post", "q", "v", "k_rand")
 # Contrasts of the divergence table. The split-half baselines compare one modality with itself, split by cluster.
 VISUAL_TEXT, VISUAL_VISUAL, TEXT_TEXT = CONTRASTS = ("visual-text", "visual-visual", "text-text")
 # Controls: as many visual as text tokens in every cluster; content shuffled over the places of rotated keys; text of
