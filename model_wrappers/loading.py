@@ -128,7 +128,7 @@ def _quantization(bits: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | 
         return None
     if not is_bitsandbytes_available():
         raise InputError(
-            "quantization", bits, "it needs the package bitsandbytes: pip install 'lmms-keyspace[quantized]'"
+            "quantization", bits, "it needs the package bitsandbytes: pip install 'lmms-keyspace[quantization]'"
         )
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -11,13 +11,13 @@ from lmms_keyspace.errors import InputError
 from lmms_keyspace.model_wrappers import loading
 
 needs_bitsandbytes = pytest.mark.skipif(
-    not is_bitsandbytes_available(), reason="bitsandbytes is not installed: pip install 'lmms-keyspace[quantized]'"
+    not is_bitsandbytes_available(), reason="bitsandbytes is not installed: pip install 'lmms-keyspace[quantization]'"
 )
 
 
 def test_without_bitsandbytes_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(loading, "is_bitsandbytes_available", lambda: False)
-    with pytest.raises(InputError, match=r"quantization='4bit'.*pip install 'lmms-keyspace\[quantized\]'"):
+    with pytest.raises(InputError, match=r"quantization='4bit'.*pip install 'lmms-keyspace\[quantization\]'"):
         evaluate("keyspace_llava", limit=6, model_args="quantization=4bit")
 
 
