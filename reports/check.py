@@ -16,11 +16,16 @@ PROBE_COLUMNS = frozenset({"group_id", "condition", "outcome"})
 
 def check_run(run: LoadedRun) -> None:
     """Raises InputError for results that are no table by task, and for samples as `check_samples` says."""
-    tables = run.results.get("results")
-    if not isinstance(tables, Mapping) or not all(isinstance(table, Mapping) for table in tables.values()):
-        raise InputError("file", run.files.results.name, "it holds no results by task: not written by lmms-eval")
+    for key, depth in (("results", 2), ("configs", 1), ("versions", 1), ("config", 1), ("higher_is_better", 2)):
+        if not _nested(run.results.get(key, None if key == "results" else {}), depth):
+            raise InputError("file", run.files.results.name, f"{key} is not what lmms-eval writes: evaluate again")
     for task, path in run.files.samples.items():
         check_samples(path, run.samples[task])
+
+
+def _nested(value: object, depth: int) -> bool:
+    """Whether a value is a mapping, of mappings for a depth of 2."""
+    return isinstance(value, Mapping) and (depth == 1 or all(_nested(inner, depth - 1) for inner in value.values()))
 
 
 def check_samples(path: Path, samples: pd.DataFrame) -> None:
@@ -30,7 +35,8 @@ def check_samples(path: Path, samples: pd.DataFrame) -> None:
     if samples.empty:
         return
     documents = samples["doc_id"] if "doc_id" in samples else pd.Series([None] * len(samples), dtype=object)
-    numbered = documents.map(lambda value: isinstance(value, int))
+    # One row without a number turns those of the others to floats.
+    numbered = documents.map(lambda value: isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
     _refuse(path, samples, ~numbered.to_numpy(dtype=bool), "doc_id", "a row without the number of its document")
     _refuse(path, samples, documents.duplicated().to_numpy(), "doc_id", "a document that an earlier line has, too")
     if set(samples.columns) >= PROBE_COLUMNS:

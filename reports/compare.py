@@ -17,6 +17,7 @@ from lmms_keyspace.reports.curves import attention_when_misled
 from lmms_keyspace.reports.keyspace import attention_rows, js_rows, mmd2_rows
 from lmms_keyspace.reports.load import Runs
 from lmms_keyspace.reports.rows import Row
+from lmms_keyspace.reports.text import LONGEST_SENTENCE, one_line
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,12 @@ def compare(runs: Runs) -> Comparison:
     looked = pd.concat(
         [frame for frame in looks if len(frame) and "run" in frame] or [pd.DataFrame()], ignore_index=True
     )
-    return Comparison(tuple(run.label for run in runs.runs), table, looked, tuple(_warnings(runs)))
+    return Comparison(
+        tuple(run.label for run in runs.runs),
+        table,
+        looked,
+        tuple(one_line(warning, LONGEST_SENTENCE) for warning in _warnings(runs)),
+    )
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, object]]:

@@ -25,7 +25,7 @@ from lmms_keyspace.reports.keyspace import attention_rows, js_rows, mmd2_rows
 from lmms_keyspace.reports.labels import last_part, model_name
 from lmms_keyspace.reports.load import Run, each_run
 from lmms_keyspace.reports.rows import SCORE, Row
-from lmms_keyspace.reports.text import one_line
+from lmms_keyspace.reports.text import LONGEST_SENTENCE, one_line
 from lmms_keyspace.store import LoadedRun
 
 # What a leaderboard shows unless columns are named, of tasks that are probes; of others, what lmms-eval reports.
@@ -115,7 +115,7 @@ def leaderboard(paths: Sequence[Path | str], columns: Sequence[str] = ()) -> Lea
     measured: list[_Measured] = []
     for loaded in each_run(paths):
         if isinstance(loaded, InputError):
-            left_out.append(str(loaded))
+            left_out.append(one_line(str(loaded), LONGEST_SENTENCE))
             continue
         for one in _measure(loaded, columns):
             if isinstance(one, str):
@@ -126,6 +126,8 @@ def leaderboard(paths: Sequence[Path | str], columns: Sequence[str] = ()) -> Lea
     if not measured:
         raise InputError("runs", "; ".join(left_out), "no run can enter a leaderboard")
     shown = _columns(measured, columns)
+    if not shown:
+        raise InputError("runs", [one.name for one in measured], "none of them has a metric")
     entries = {one.key: one.entry for one in measured}
     found = {(one.key, one.task, row.metric): row for one in measured for row in one.rows}
     by_column = [

@@ -15,7 +15,7 @@ from lmms_keyspace.records import RunRecord, TaskRecord
 from lmms_keyspace.reports.check import PROBE_COLUMNS, check_run
 from lmms_keyspace.reports.comparable import Fingerprint, fingerprint, mismatches, remarks
 from lmms_keyspace.reports.labels import labels
-from lmms_keyspace.reports.text import one_line
+from lmms_keyspace.reports.text import LONGEST_SENTENCE, one_line
 from lmms_keyspace.store import LoadedRun, RunFiles, find_runs, load_run
 
 
@@ -34,7 +34,7 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """lmms-eval's own record of how it was called."""
-        return dict(self.loaded.results.get("config") or {})
+        return dict(self.loaded.results.get("config", {}))
 
     @property
     def tasks(self) -> list[str]:
@@ -125,7 +125,7 @@ def load_runs(paths: Sequence[Path | str], *, allow_mismatch: bool = False) -> R
             said += [f"{run.label}: {reason}" for reason in reasons]
     if refused and len(kept) == 1:
         raise refused[0]
-    return Runs(tuple(kept), tuple(said), tuple(str(error) for error in refused))
+    return Runs(tuple(kept), tuple(said), tuple(one_line(str(error), LONGEST_SENTENCE) for error in refused))
 
 
 def open_runs(paths: Sequence[Path | str]) -> list[Run | InputError]:

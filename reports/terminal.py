@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lmms_keyspace.reports.compare import Comparison
+from lmms_keyspace.reports.text import one_line
 from lmms_keyspace.reports.wording import printed, printed_looks
 
 _LOOKED = "Where it looked under misleading text (% of attention), by what it answered; a description, not a test"
@@ -37,7 +38,7 @@ def render_comparison(comparison: Comparison, console: Console) -> None:
 
 
 def _of_task(looked: pd.DataFrame, task: object) -> pd.DataFrame:
-    return looked[looked["task"] == task] if len(looked) else looked
+    return looked[looked["task"].map(one_line) == task] if len(looked) else looked
 
 
 def _without_repetition(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:

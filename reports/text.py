@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 LONGEST_NAME = 80
+LONGEST_SENTENCE = 500
 # Control characters move a terminal's cursor and color its text; bidirectional controls (a part of "Cf") show a name in
 # another order than it was written in. "Cs" is half a surrogate pair, which no file can hold.
 _UNSHOWN = ("Cc", "Cf", "Cs")

@@ -8,6 +8,7 @@ import pandas as pd
 
 from lmms_keyspace.outcomes import GOLD, LURE
 from lmms_keyspace.reports.rows import MMD2, NATS, SCORE, SHARE
+from lmms_keyspace.reports.text import LONGEST_SENTENCE, one_line
 
 _DECIMALS = {SHARE: 1, MMD2: 4, NATS: 3, SCORE: 3}
 _SCALE = {SHARE: 100.0, MMD2: 1.0, NATS: 1.0, SCORE: 1.0}
@@ -65,14 +66,14 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
     """The comparison's table as text, with the columns of `COLUMNS`."""
     rows = [
         (
-            row.task,
-            row.label + (" (%)" if row.unit == SHARE else " (nats)" if row.unit == NATS else ""),
+            one_line(row.task),
+            one_line(row.label) + (" (%)" if row.unit == SHARE else " (nats)" if row.unit == NATS else ""),
             row.run,
             estimate(row.value, row.low, row.high, row.unit),
             estimate(row.delta, row.delta_low, row.delta_high, row.unit, signed=True),
             p_value(row.p_adjusted),
             number(row.mde, row.unit),
-            row.note,
+            one_line(row.note, LONGEST_SENTENCE),
         )
         for row in table.itertuples()
     ]

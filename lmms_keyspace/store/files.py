@@ -50,11 +50,22 @@ def check_version(path: Path, version: object) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # the latter for lists in lists without end
         raise InputError("file", path.name, rerun(f"not JSON: {error}")) from error
     if not isinstance(content, dict):
         raise InputError("file", path.name, rerun("not a JSON object"))
-    return content
+    return {encodable(key): encodable(value) for key, value in content.items()}
+
+
+def encodable(value: Any) -> Any:
+    """JSON may name half a surrogate pair, as a cut answer does; no file and no frame of strings can hold it."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [encodable(one) for one in value]
+    if isinstance(value, dict):
+        return {encodable(key): encodable(one) for key, one in value.items()}
+    return value
 
 
 def with_prefix(folder: Path, prefix: str, suffix: str) -> list[Path]:

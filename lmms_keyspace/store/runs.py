@@ -14,12 +14,13 @@ from pydantic import ValidationError
 
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import HeldOutLoss, KernelSums, RunData, RunRecord
-from lmms_keyspace.store.files import check_version, read_json, require, rerun, with_prefix, write
+from lmms_keyspace.store.files import check_version, encodable, read_json, require, rerun, with_prefix, write
 from lmms_keyspace.store.tables import read_table, table_bytes
 from lmms_keyspace.store.tensors import by_document_bytes, keys_bytes, read_by_document, read_keys
 
 # lmms-eval's date, e.g. 20261121_104102. Tasks write files called `<something>_results.json` too: those are not runs.
 _RUN_FILE = re.compile(r"(?P<date>\d[\dT_.\-]*)_(results|keyspace)\.json")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON; most lines have none, and need no second look
 
 
 @dataclass(frozen=True)
@@ -153,17 +154,12 @@ def read_samples(path: Path) -> pd.DataFrame:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # the latter for lists in lists without end
                 raise InputError(f"{path.name}, line {number}", _short(line), rerun(f"not JSON: {error}")) from error
             if not isinstance(row, dict):
                 raise InputError(f"{path.name}, line {number}", _short(line), rerun("not a JSON object"))
-            rows.append({key: _encodable(value) for key, value in row.items()})
+            rows.append(encodable(row) if _SURROGATE.search(line) else row)
     return pd.DataFrame(rows)
-
-
-def _encodable(value: object) -> object:
-    """JSON may name half a surrogate pair, as a cut answer does; a frame of strings cannot hold it."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _frames(data: RunData) -> dict[str, pd.DataFrame]:
