@@ -76,8 +76,8 @@ def documents(benchmark: str, conditions: Sequence[str]) -> Iterator[dict[str, A
     """The documents of every usable row, those of a row together.
 
     A row is left out, with a warning that counts, when it is no multiple-choice row with a known answer, when a picture
-    that it names is missing, and for `mismatch` when no other row has as many pictures. MMBench's circular copies of a
-    row (index of a million and more) are left out too.
+    that it names is missing, and for `mismatch` when no other row has as many pictures that are not the same. MMBench's
+    circular copies of a row (index of a million and more) are left out too.
     """
     about = BENCHMARKS[benchmark]
     rows = _rows(benchmark)
@@ -92,7 +92,9 @@ def documents(benchmark: str, conditions: Sequence[str]) -> Iterator[dict[str, A
         and all(name in present and present[name][place] for name in _images_of(row, options))
         and not (about.id_field == "index" and int(row["index"]) >= 1_000_000)
     ]
-    others = _others(benchmark, about, usable) if MISMATCH in conditions else {}
+    pictures = _picture_hashes(rows.select_columns(list(present)))
+    clusters = {place: _cluster(pictures, place, _images_of(row, options)) for place, row, options in usable}
+    others = _others(benchmark, about, usable, clusters) if MISMATCH in conditions else {}
     kept = [entry for entry in usable if not others or entry[0] in others]
     if len(kept) < len(found):
         logger.warning(
@@ -101,13 +103,10 @@ def documents(benchmark: str, conditions: Sequence[str]) -> Iterator[dict[str, A
             len(kept),
             len(found),
         )
-    pictures = _picture_hashes(rows.select_columns(list(present)))
     for place, row, options in kept:
-        shown = "".join(pictures[name][place] for name in _images_of(row, options))
-        cluster = hashlib.sha256(shown.encode()).hexdigest()[:16]
         other = others.get(place, place)
         for document in _row_documents(benchmark, about, place, row, options, other, conditions):
-            yield document | {"cluster": cluster}
+            yield document | {"cluster": clusters[place]}
 
 
 def _picture_hashes(pictures: Dataset) -> dict[str, list[str]]:
@@ -234,13 +233,16 @@ def _stock(benchmark: str, function: str) -> Any:
 
 @lru_cache(maxsize=4)
 def _load(benchmark: str, root: str | None) -> Dataset:
-    from datasets import load_dataset
+    from datasets import Dataset, load_dataset, load_dataset_builder
 
     about = BENCHMARKS[benchmark]
-    path = str(Path(root) / about.path) if root else about.path
     try:
-        return load_dataset(path, about.name, split=about.split)
-    except (OSError, ValueError) as error:
+        if root is None:
+            return load_dataset(about.path, about.name, split=about.split)
+        # Read by its files: for a folder `datasets` would take any other copy of that name from its cache.
+        builder = load_dataset_builder(str(Path(root) / about.path), about.name)
+        return Dataset.from_parquet(builder.config.data_files[about.split], features=builder.info.features)
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(
             DATA,
             root,
@@ -296,16 +298,25 @@ def _family(about: Benchmark, row: Mapping[str, Any]) -> str:
     return str(row["id"]).split("_", 1)[-1].rsplit("_", 1)[0]
 
 
-def _others(benchmark: str, about: Benchmark, usable: Sequence[tuple[int, Any, Any]]) -> dict[int, int]:
-    """Row -> the row whose pictures `mismatch` shows: the next of those with as many pictures, subject by subject."""
+def _cluster(hashes: Mapping[str, Sequence[str]], place: int, names: Sequence[str]) -> str:
+    """What rows that show the same pictures have in common."""
+    return hashlib.sha256("".join(hashes[name][place] for name in names).encode()).hexdigest()[:16]
+
+
+def _others(
+    benchmark: str, about: Benchmark, usable: Sequence[tuple[int, Any, Any]], clusters: Mapping[int, str]
+) -> dict[int, int]:
+    """Row -> the row whose pictures `mismatch` shows: the next with as many, but other, pictures, by subject."""
     r = random.Random(f"{benchmark}/mismatch")
     ordered = sorted(r.sample(usable, len(usable)), key=lambda entry: _family(about, entry[1]))
     by_number: dict[int, list[int]] = {}
     for place, row, options in ordered:
         by_number.setdefault(len(_images_of(row, options)), []).append(place)
-    return {
-        place: places[(i + 1) % len(places)]
-        for number, places in by_number.items()
-        if number and len(places) > 1
-        for i, place in enumerate(places)
-    }
+    found = {}
+    for number, places in by_number.items():
+        for i, place in enumerate(places) if number else ():
+            following = places[i + 1 :] + places[:i]
+            other = next((other for other in following if clusters[other] != clusters[place]), None)
+            if other is not None:
+                found[place] = other
+    return found

@@ -83,13 +83,13 @@ def _mmbench_row(index: int, answer: str, options: tuple[str, ...], **changed: o
 
 
 def write_mmbench_cn(root: Path) -> None:
-    """Write the configuration `cn` of `lmms-lab-encoder/MMBench` under `root`: 5 questions, 2 with a circular copy."""
+    """Write the configuration `cn` of `lmms-lab-encoder/MMBench` under `root`: 5 questions of 4 pictures."""
     rows = [
         _mmbench_row(1, "A", ("红色", "蓝色", "绿色", "黄色")),
         _mmbench_row(2, "B", ("红色", "蓝色"), image=_picture(2, "RGBA")),
         _mmbench_row(3, "C", ("一", "二", "三"), image=_picture(3, "P")),
         _mmbench_row(4, "D", ("左", "右", "上", "下"), image=_picture(4, "RGB", (1, 1))),
-        _mmbench_row(5, "A", ("红色", "蓝色", "绿色"), hint=None),
+        _mmbench_row(5, "A", ("红色", "蓝色", "绿色"), hint=None, image=_picture(1)),  # the picture of the first
         _mmbench_row(1_000_001, "B", ("黄色", "红色", "蓝色", "绿色")),
         _mmbench_row(1_000_002, "A", ("蓝色", "红色")),
     ]

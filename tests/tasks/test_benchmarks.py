@@ -10,7 +10,9 @@ from collections import Counter
 from itertools import groupby
 from typing import Any, ClassVar
 
+import benchmark_files
 import pytest
+from benchmark_files import _picture as picture
 from benchmark_files import write_mmbench_cn, write_mmmu
 from fake_model import Fake, expect, run
 from lmms_eval.tasks.mmmu import utils as stock_mmmu
@@ -107,14 +109,14 @@ def told(doc: dict[str, Any]) -> str:
     return {"match": doc["gold"], "conflict": doc["lure"]}.get(doc["condition"], doc["gold"])
 
 
-@pytest.mark.parametrize(("task", "n"), [("mmmu_val_keyspace", 9), ("mmbench_cn_dev_keyspace", 5)])
-def test_a_hint_follower(task: str, n: int) -> None:
+@pytest.mark.parametrize(("task", "n", "pictures"), [("mmmu_val_keyspace", 9, 9), ("mmbench_cn_dev_keyspace", 5, 4)])
+def test_a_hint_follower(task: str, n: int, pictures: int) -> None:
     results, samples, _ = run(lambda doc: f"({told(doc)})" if doc["condition"] != "blank" else "??", task, fake=Asked)
     expect(
         results,
         clean_acc=1, conflict_acc=0, blind_acc=0, text_flip_rate=1, text_flip_rate_n=n, conflict_lure=1, tpr_label=1,
         conflict_drop=1, vis_gain=1, stock_acc=1, stock_acc_n=n, parse_fail=1 / 3, groups=n, groups_dropped=0,
-        clean_acc_ci_lo=n / (n + 1.959964**2),
+        clean_acc_ci_lo=pictures / (pictures + 1.959964**2),
     )  # fmt: skip
     assert "valid" not in results  # of a benchmark nobody expects .8
     assert {"group_id", "family", "condition", "outcome", "answer", "stock_correct", "response"} <= set(samples[0])
@@ -191,6 +193,40 @@ def benchmarks_lure(number: int) -> str:
     about = benchmarks.BENCHMARKS["mmmu_val"]
     (doc,) = benchmarks._row_documents("mmmu_val", about, 0, row, dict.fromkeys("ABCD", "x"), 0, ["clean"])
     return doc["lure"]
+
+
+def test_rows_that_share_a_picture_are_one_cluster() -> None:
+    clusters = [group["clean"]["cluster"] for group in groups_of("mmbench_cn_dev")]
+    assert clusters[0] == clusters[4]
+    assert len(set(clusters)) == 4
+    assert len({group["clean"]["cluster"] for group in groups_of("mmmu_val")}) == 9
+    # Right of the first picture's two questions alone: two of five rows, but one of four pictures.
+    results, samples, _ = run(
+        lambda doc: doc["gold"] if doc["group_id"] in "15" else "?", "mmbench_cn_dev_keyspace_clean", fake=Asked
+    )
+    expect(results, clean_acc=2 / 5, stock_acc=2 / 5, parse_fail=3 / 5)
+    assert [sample["cluster"] for sample in samples] == clusters
+    assert results["clean_acc_stderr_clustered"] > 1.2 * results["clean_acc_stderr_clt"]  # the harness's own
+    assert results["clean_acc_ci_hi"] > 0.7
+
+
+def test_the_stock_task_stops_where_a_named_picture_is_missing_and_ours_does_not() -> None:
+    (row,) = (row for row in benchmarks._rows("mmmu_val") if row["id"].endswith("Math_22"))
+    with pytest.raises(AttributeError, match="convert"):
+        stock_mmmu.mmmu_doc_to_visual(row)
+    assert not [doc for doc in benchmarks.documents("mmmu_val", FULL) if doc["group_id"] == row["id"]]
+
+
+def test_another_copy_of_the_data_is_read_and_not_the_cache_of_the_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    first = [row["image"].tobytes() for row in benchmarks._rows("mmbench_cn_dev")]
+    monkeypatch.setattr(benchmark_files, "_picture", lambda seed, *rest: picture(seed + 100, *rest))
+    write_mmbench_cn(tmp_path)
+    monkeypatch.setenv(benchmarks.DATA, str(tmp_path))
+    other = [row["image"].tobytes() for row in benchmarks._rows("mmbench_cn_dev")]
+    assert len(first) == len(other)
+    assert not set(first) & set(other)
 
 
 def test_missing_data_name_the_variable(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

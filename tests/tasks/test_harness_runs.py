@@ -6,7 +6,6 @@ The quick task has 48 groups, the families in turn: ten of color, shape and coun
 from __future__ import annotations
 
 import json
-import socket
 from typing import Any
 
 import pytest
@@ -199,13 +198,3 @@ def test_any_limit(limit: int, groups: int, dropped: int) -> None:
     results, samples, _ = run(lambda doc: doc["gold"], limit=limit)
     expect(results, groups=groups, groups_dropped=dropped, clean_acc=1 if groups else None, clean_acc_n=groups)
     assert len(samples) == limit
-
-
-def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError(f"network used: {args[1:]}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    results, _, _ = run(lambda doc: doc["gold"], limit=6)
-    expect(results, clean_acc=1)
