@@ -23,7 +23,13 @@ from lmms_keyspace.intervene.keys import KeyMaps, affine_maps
 from lmms_keyspace.intervene.moments import Moments
 from lmms_keyspace.malora import MaloraConfig, preset, visual_token_ids
 from lmms_keyspace.training.alignment import TokenChooser
-from lmms_keyspace.training.config import LossConfig, SceneSettings, TrainingConfig, training_arguments
+from lmms_keyspace.training.config import (
+    EvaluationSettings,
+    LossConfig,
+    SceneSettings,
+    TrainingConfig,
+    training_arguments,
+)
 from lmms_keyspace.training.encoding import EXAMPLE_ID, Collator, EncodedExamples
 from lmms_keyspace.training.scene_examples import scene_examples
 from lmms_keyspace.training.trainer import AlignmentTrainer
@@ -149,9 +155,9 @@ def base_folder(name: str, others: dict[str, Path]) -> Path:
 
 
 @lru_cache(maxsize=1)
-def _encoded(folder: Path, data: str, seed: int) -> list[dict[str, torch.Tensor]]:
+def _encoded(folder: Path, data: str, seed: int, n: int = SCENES) -> list[dict[str, torch.Tensor]]:
     hint, misleading = DATA[data]
-    examples = scene_examples(SceneSettings(n=SCENES, hint=hint, misleading=misleading), seed)
+    examples = scene_examples(SceneSettings(n=n, hint=hint, misleading=misleading), seed)
     processor = AutoProcessor.from_pretrained(folder)
     items = EncodedExamples(examples, processor, _visual_ids(folder))
     return [items[i] for i in range(len(items))]
@@ -192,7 +198,7 @@ def _trained(unit: Unit, arm: Arm, model: Any, folder: Path) -> tuple[Any, dict[
         config = TrainingConfig(
             output_dir=Path(scratch),
             seed=unit.seed,
-            evaluation={"every": 0},  # type: ignore[arg-type]
+            evaluation=EvaluationSettings(every=0),
             trainer={
                 "max_steps": STEPS,
                 "per_device_train_batch_size": BATCH,
@@ -208,7 +214,7 @@ def _trained(unit: Unit, arm: Arm, model: Any, folder: Path) -> tuple[Any, dict[
             training_arguments(config),
             loss=loss,
             processor=AutoProcessor.from_pretrained(folder),
-            examples=_encoded(folder, unit.data, unit.seed),  # type: ignore[arg-type]
+            examples=_encoded(folder, unit.data, unit.seed),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -227,7 +233,7 @@ def _changed(unit: Unit, kind: str, model: Any, folder: Path) -> VisualBoost | K
 @torch.no_grad()
 def _moments(model: Any, folder: Path, seed: int) -> dict[int, Moments]:
     """Mean and spread of the base's keys on 256 training scenes of this seed, 16 tokens a modality and scene."""
-    rows = _encoded(folder, TUNING_DATA, seed)[:256]
+    rows = _encoded(folder, TUNING_DATA, seed, 256)
     processor = AutoProcessor.from_pretrained(folder)
     chooser = TokenChooser(_visual_ids(folder), processor.tokenizer.all_special_ids, 16 * len(rows), seed)
     batch = Collator(processor.tokenizer.pad_token_id)(rows)

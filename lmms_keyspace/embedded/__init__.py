@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lmms_keyspace.errors import InputError
 
+BASE_NAME = "lmms_keyspace.embedded base"  # what adapter_config.json names, since a path would name one machine
 ADAPTERS = ("malora", "lora", "malora_no_mmd")
 
 _WEIGHTS = Path(__file__).parent / "weights"

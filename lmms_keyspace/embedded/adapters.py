@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
 
-from lmms_keyspace import scenes
+from lmms_keyspace import embedded, scenes
 from lmms_keyspace.divergence import median_bandwidth2, mmd2
 from lmms_keyspace.embedded import data
 from lmms_keyspace.embedded.architecture import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID
@@ -22,9 +22,10 @@ from lmms_keyspace.embedded.data import Mixture
 from lmms_keyspace.embedded.evaluate import evaluate
 from lmms_keyspace.embedded.stages import Log
 from lmms_keyspace.malora import MaloraConfig, matched_lora_config
-from lmms_keyspace.malora.train import train
+from lmms_keyspace.training.config import EvaluationSettings, LossConfig, TrainingConfig, training_arguments
+from lmms_keyspace.training.encoding import EXAMPLE_ID, IGNORED
+from lmms_keyspace.training.trainer import AlignmentTrainer
 
-BASE_NAME = "lmms_keyspace.embedded base"  # what adapter_config.json names, since a path would name one machine
 SPECIAL_IDS = (PAD_ID, BOS_ID, EOS_ID)
 
 
@@ -77,16 +78,16 @@ def build_adapters(
         torch.manual_seed(seed)
         adapted = get_peft_model(model, _config(arm, recipe, model.config))
         source = data.batches(items, replace(mixture, text=0.0), recipe.batch, random.Random(seed))
-        history = train(
+        trainer = AlignmentTrainer(
             adapted,
-            list(islice(_tensors(source, pixel_values, processor.tokenizer), recipe.steps)),
-            steps=recipe.steps,
-            lr=recipe.learning_rate,
-            lambda_mmd=arm.lambda_mmd,
-            lambda_gram=arm.lambda_gram,
-            special_token_ids=SPECIAL_IDS,
-            seed=seed,
+            training_arguments(_settings(out / name, recipe, seed)),
+            loss=LossConfig(lambda_mmd=arm.lambda_mmd, lambda_gram=arm.lambda_gram),
+            processor=processor,
+            examples=_examples(islice(source, recipe.steps), pixel_values, processor.tokenizer),
         )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        history = [entry for entry in trainer.state.log_history if "ce" in entry]
         adapted.eval()
         _save(adapted, out / name)
         entry = _measure(adapted, processor, recipe, bandwidths)
@@ -101,21 +102,45 @@ def _config(arm: Arm, recipe: AdapterRecipe, model_config: Any) -> PeftConfig:
     return config if arm.method == "malora" else matched_lora_config(config, model_config)
 
 
-def _tensors(source: Iterator[list[data.Sample]], pixel_values: Tensor, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
+def _settings(folder: Path, recipe: AdapterRecipe, seed: int) -> TrainingConfig:
+    """The batches come in the order in which they were drawn; nothing is saved or evaluated on the way."""
+    return TrainingConfig(
+        output_dir=folder,
+        seed=seed,
+        evaluation=EvaluationSettings(every=0),
+        trainer={
+            "max_steps": recipe.steps,
+            "per_device_train_batch_size": recipe.batch,
+            "learning_rate": recipe.learning_rate,
+            "train_sampling_strategy": "sequential",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        },
+    )
+
+
+def _examples(source: Iterator[list[data.Sample]], pixel_values: Tensor, tokenizer: Any) -> list[dict[str, Tensor]]:
+    """The samples of the batches, one after the other, each without padding."""
+    examples: list[dict[str, Tensor]] = []
     for samples in source:
-        ids, real, answer = data.encode(samples, tokenizer)
-        yield {
-            "input_ids": ids,
-            "attention_mask": real.long(),
-            "pixel_values": pixel_values[[sample.picture for sample in samples]],
-            "labels": ids.masked_fill(~answer, -100),
-        }
+        for sample, ids, real, answer in zip(samples, *data.encode(samples, tokenizer), strict=True):
+            labels = ids.masked_fill(~answer, IGNORED)
+            examples.append(
+                {
+                    "input_ids": ids[real],
+                    "labels": labels[real],
+                    "pixel_values": pixel_values[[sample.picture]],
+                    EXAMPLE_ID: torch.tensor(len(examples)),
+                }
+            )
+    return examples
 
 
 def _save(adapted: PeftModel, folder: Path) -> None:
     for config in adapted.peft_config.values():
-        config.base_model_name_or_path = BASE_NAME
-    adapted.save_pretrained(str(folder))
+        config.base_model_name_or_path = embedded.BASE_NAME
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; CARD.md speaks for all adapters
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -26,9 +25,6 @@ from lmms_keyspace.training.scene_examples import scene_examples
 from lmms_keyspace.training.trainer import AlignmentTrainer
 
 RECORD = "training.json"
-# What adapter_config.json names where the base is the bundled model: a path would name one machine.
-BUNDLED_NAME = "lmms_keyspace.embedded base"
-_log = logging.getLogger(__name__)
 
 
 def train(config: TrainingConfig, *, resume: bool = False) -> Path:
@@ -73,7 +69,7 @@ def train(config: TrainingConfig, *, resume: bool = False) -> Path:
     adapted: Any = get_peft_model(model, adapter)
     if config.pretrained is None:
         for each in adapted.peft_config.values():
-            each.base_model_name_or_path = BUNDLED_NAME
+            each.base_model_name_or_path = embedded.BASE_NAME
     evaluation = config.evaluation
     trainer = AlignmentTrainer(
         adapted,

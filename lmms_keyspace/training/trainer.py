@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class AlignmentTrainer(Trainer):
         *,
         loss: LossConfig,
         processor: Any,
-        examples: Dataset[dict[str, Tensor]],
+        examples: Dataset[dict[str, Tensor]] | Sequence[dict[str, Tensor]],
         held_out: Callable[[Any, Any], Mapping[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
