@@ -62,13 +62,16 @@ def compare(
 def report(
     runs: Runs,
     out: Annotated[Path, typer.Option("--out", help="Folder for the page, its tables and figures.")],
+    tsne_runs: Annotated[int, typer.Option("--tsne-runs", min=0, help="Draw the keys of so many runs.")] = 4,
+    figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Write figure files, too.")] = True,
     allow_mismatch: AllowMismatch = False,
 ) -> None:
-    """One self-contained HTML page (with Markdown and CSV) that puts the runs side by side."""
+    """One self-contained HTML page (with Markdown, tables and figures) that puts the runs side by side."""
     from lmms_keyspace.reports import load_runs, write_report
 
     loaded = load_runs(runs, allow_mismatch=allow_mismatch)
-    for path in write_report(loaded, out):
+    written = write_report(loaded, out, figure_files=figures, tsne_runs=tsne_runs)
+    for path in dict.fromkeys(path if path.parent == out else path.parent for path in written):
         typer.echo(path)
     _exit_if_left_out(loaded.left_out)
 

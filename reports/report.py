@@ -16,20 +16,22 @@ from lmms_keyspace.reports.markdown import markdown
 from lmms_keyspace.reports.page import html
 from lmms_keyspace.reports.sections import Panel, section
 from lmms_keyspace.reports.sections.key import key_panels
+from lmms_keyspace.reports.sections.parts import MAX_PANELS
 from lmms_keyspace.reports.verdict import verdicts
 from lmms_keyspace.reports.wording import printed
 
 
-def write_report(runs: Runs, out: Path, *, figure_files: bool = True) -> list[Path]:
+def write_report(runs: Runs, out: Path, *, figure_files: bool = True, tsne_runs: int = MAX_PANELS) -> list[Path]:
     """Write the report into `out`; returns the files, the page first.
 
     `report.html` and `report.md`; `comparison.json`; in `tables/` every frame as CSV and Parquet, unrounded; in
-    `figures/` every figure as SVG, PNG and PDF, unless `figure_files` is off: they take half the time. The first run
-    is the base. Raises InputError for an `out` that is no folder; nothing is written then.
+    `figures/` every figure as SVG, PNG and PDF, unless `figure_files` is off: they take half the time. The keys of
+    the first `tsne_runs` runs are drawn, which takes seconds each. The first run is the base. Raises InputError for an
+    `out` that is no folder; nothing is written then.
     """
     if out.exists() and not out.is_dir():
         raise InputError("out", str(out), "name a folder: this is a file")
-    report = _assembled(runs)
+    report = _assembled(runs, tsne_runs)
     texts = {
         "report.html": html(report),
         "report.md": markdown(report),
@@ -52,11 +54,16 @@ def write_report(runs: Runs, out: Path, *, figure_files: bool = True) -> list[Pa
     return written
 
 
-def _assembled(runs: Runs) -> Report:
+def _assembled(runs: Runs, tsne_runs: int) -> Report:
     comparison = compare(runs)
     tables = {task: rows for task, rows in comparison.table.groupby("task", sort=False)}
     sections = tuple(
-        section([run for run in runs.runs if task in run.tasks], task, tables.get(task, comparison.table.iloc[:0]))
+        section(
+            [run for run in runs.runs if task in run.tasks],
+            task,
+            tables.get(task, comparison.table.iloc[:0]),
+            tsne_runs=tsne_runs,
+        )
         for task in runs.tasks
     )
     first = next(iter(tables), None)

@@ -35,8 +35,11 @@ class Section:
     not_interpretable: tuple[str, ...]
 
 
-def section(runs: Sequence[Run], task: str, comparison: pd.DataFrame) -> Section:
-    """Draw everything that the runs of one task allow; `comparison` is the compared table of this task."""
+def section(runs: Sequence[Run], task: str, comparison: pd.DataFrame, *, tsne_runs: int) -> Section:
+    """Draw everything that the runs of one task allow.
+
+    `comparison` is the compared table of this task, `tsne_runs` the number of runs whose keys are drawn.
+    """
     parts = (
         answers(runs, task),
         divergence(runs, task),
@@ -45,7 +48,7 @@ def section(runs: Sequence[Run], task: str, comparison: pd.DataFrame) -> Section
         fooled(runs, task),
         link(runs, task),
         relation(runs, task, comparison),
-        planes(runs, task),
+        planes(runs, task, tsne_runs),
         published(runs, task),
         families(runs, task),
     )

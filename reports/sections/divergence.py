@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from lmms_keyspace.published import UNKNOWN
 from lmms_keyspace.records import ALL_HEADS, CONTRASTS, TEXT_TEXT, VISUAL_TEXT, VISUAL_VISUAL
 from lmms_keyspace.reports import figures, wording
 from lmms_keyspace.reports.curves import divergence_table
@@ -145,13 +146,17 @@ def published(runs: Sequence[Run], task: str) -> Part | None:
             cells += [wording.number(float(value), unit) for value in (values.mean(), values.min(), values.max())]
         rows.append((str(run), str(contrast), *cells))
     names = [f"{name}, {what}" for name, _ in _PUBLISHED.values() for what in ("mean over layers", "lowest", "highest")]
+    choices = tuple((choice.unknown, choice.chosen) for choice in UNKNOWN)
     return Part(
         "The published pipeline on the same keys",
         "All KV heads side by side, standardized, 50 principal components, then MMD (root of the biased MMD²) and "
         "Jensen-Shannon divergence by histogram. No intervals, and no two runs are comparable: bandwidth and "
         "projection move with what they measure. Read them against the rows of one modality: what a divergence of 0 "
         "would give.",
-        tables=(Table(("Run", "Contrast", *names), tuple(rows)),),
+        tables=(
+            Table(("Run", "Contrast", *names), tuple(rows)),
+            Table(("Not known of the published pipeline", "Chosen here"), choices),
+        ),
         legend=None,
         frames={"published": table},
     )

@@ -11,17 +11,17 @@ from lmms_keyspace.reports import figures, wording
 from lmms_keyspace.reports.load import Run
 from lmms_keyspace.reports.projection import Projection, project, saved_layers
 from lmms_keyspace.reports.rows import SHARE
-from lmms_keyspace.reports.sections.parts import MAX_PANELS, Panel, Part, drawn
+from lmms_keyspace.reports.sections.parts import Panel, Part, drawn
 
 
-def planes(runs: Sequence[Run], task: str) -> Part | None:
-    """Principal components and t-SNE of the kept keys of the middle layer, two panels per run."""
+def planes(runs: Sequence[Run], task: str, most: int) -> Part | None:
+    """Principal components and t-SNE of the kept keys of the middle layer, for each of the first `most` runs."""
     kept = [run for run in runs if saved_layers(run, task)]
     shared = sorted(set.intersection(*(set(saved_layers(run, task)) for run in kept))) if kept else []
     if not shared:
         return None
     layer = shared[len(shared) // 2]
-    order, left_out = drawn([run.label for run in kept], MAX_PANELS)
+    order, left_out = drawn([run.label for run in kept], most)
     found = [projection for run in kept if run.label in order and (projection := project(run, task, layer))]
     if not found:
         return None

@@ -247,6 +247,12 @@ def test_tables_lie_beside_the_page(report_folder):
     pd.testing.assert_frame_equal(pd.read_csv(csv), pd.read_parquet(parquet), check_dtype=False)
 
 
+def test_keys_are_drawn_of_as_many_runs_as_asked(three_runs, tmp_path):
+    source = write_report(load_runs(three_runs[:2]), tmp_path, figure_files=False, tsne_runs=1)[0].read_text()
+    assert source.count("<h4>t-SNE, ") == 1
+    assert "The first 1 of 2 runs are drawn." in source
+
+
 def test_figures_lie_beside_the_page(tmp_path):
     written = write_report(
         load_runs([fake_runs.write(replace(BASE, capture=False), tmp_path / "in")]), tmp_path / "out"
