@@ -12,6 +12,10 @@ from lmms_eval.protocol import ChatMessages
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import DEFAULT_CONDITION
 
+# Pixels of the images that are kept from reading the prompts to answering them (200 MB): drawing or decoding them again
+# takes as long as a small model's forward pass.
+KEPT_PIXELS = 1 << 26
+
 
 @dataclass(frozen=True)
 class ContinuationRequest:
@@ -29,7 +33,8 @@ class ContinuationRequest:
 
 @dataclass(frozen=True)
 class Request:
-    """One request. Images are not kept: `images()` asks the task for them again, so that memory stays bounded."""
+    """One request. Of a large benchmark only the first images are kept, the others `images()` asks the task for again:
+    memory stays bounded."""
 
     task: str
     doc_id: int
@@ -60,8 +65,10 @@ def read_requests(instances: Sequence[Instance], datasets: Mapping[str, Any], pr
     """Read chat requests of lmms-eval, in order; see `_read`."""
     seen: set[tuple[str, int]] = set()
     requests = []
+    pixels = KEPT_PIXELS
     for instance in instances:
-        request = _read(instance, datasets, processor)
+        request, shown = _read(instance, datasets, processor, pixels)
+        pixels -= shown
         name = (request.task, request.doc_id)
         requests.append(replace(request, counted=request.counted and name not in seen))
         if request.counted:
@@ -69,8 +76,8 @@ def read_requests(instances: Sequence[Instance], datasets: Mapping[str, Any], pr
     return requests
 
 
-def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> Request:
-    """Read one chat request of lmms-eval.
+def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pixels: int) -> tuple[Request, int]:
+    """Read one chat request of lmms-eval, and how many pixels it keeps: `pixels` at most.
 
     A task's metadata may hold a `keyspace` block that names document fields: `cluster`, `condition`, `options` (a list
     of answers), and `segments` (segment -> field); see docs/probes.md. Without one every document is a cluster of its
@@ -84,11 +91,14 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> Re
     doc = datasets[task][split][doc_id]
     declared = (instance.metadata or {}).get("keyspace") or {}
 
-    def messages() -> ChatMessages:
-        # Reads the document again: holding every document would hold every image of the benchmark.
-        return ChatMessages(messages=doc_to_messages(datasets[task][split][doc_id]))
+    first = ChatMessages(messages=doc_to_messages(doc))
+    shown = sum(image.width * image.height for image in first.extract_media()[0] if not isinstance(image, str))
+    kept = first if shown <= pixels else None
 
-    text, content = _prompt_text(ChatMessages(messages=doc_to_messages(doc)), processor, task, doc_id)
+    def messages() -> ChatMessages:
+        return kept or ChatMessages(messages=doc_to_messages(datasets[task][split][doc_id]))
+
+    text, content = _prompt_text(first, processor, task, doc_id)
 
     def field(name: str, where: str) -> str:
         if name not in doc:
@@ -100,7 +110,7 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> Re
     options = doc.get(declared.get("options", "options"))
     cluster_field = declared.get("cluster")
     condition_field = declared.get("condition")
-    return Request(
+    request = Request(
         task=task,
         doc_id=doc_id,
         cluster=field(cluster_field, "cluster") if cluster_field else str(doc_id),
@@ -116,6 +126,7 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> Re
         counted="__padding_only__" not in (instance.metadata or {}),
         messages=messages,
     )
+    return request, shown if kept else 0
 
 
 def read_continuations(
