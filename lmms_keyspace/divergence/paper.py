@@ -41,11 +41,12 @@ class PaperProtocol:
     Follows what secondary sources report of arXiv 2510.26721, version 1: keys before RoPE, standardized, PCA to 50
     dimensions, MMD and Jensen-Shannon divergence by layer, and the same within one modality as a baseline.
 
-    Unknown, and therefore chosen here: the numbers of tokens and images; whether the number reported is MMD or MMD^2,
-    biased or not (here the root of the biased one); the kernel (one Gaussian) and its bandwidth (median heuristic on
-    the tokens compared); on what the projection is fitted (visual and text tokens of the layer and condition); the
-    estimator of JS (30 bins for each component, mean over components, less its null), its base (nats) and whether its
-    root is taken (no); which tokens count (special tokens and boilerplate are left out).
+    Unknown, and therefore chosen here (`lmms_keyspace.published.UNKNOWN`, which reports print): the numbers of tokens
+    and images; whether the number reported is MMD or MMD^2, biased or not (here the root of the biased one); the kernel
+    (one Gaussian) and its bandwidth (median heuristic on the tokens compared); on what the projection is fitted (visual
+    and text tokens of the layer and condition); the estimator of JS (30 bins for each component, mean over components,
+    less its null), its base (nats) and whether its root is taken (no); which tokens count (special tokens, template and
+    attention sinks are left out); the test (none here).
 
     What it hides: a gap along a direction of small variance is dropped by the projection, and the head of greatest
     variance rules; the bandwidth moves with the gap, so no two values are comparable; the biased MMD is never 0 and
