@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,17 +24,17 @@ from lmms_keyspace.reports.load import Run
 from lmms_keyspace.reports.rows import MMD2, NATS, SHARE, Row, extended, interval, noted, paired
 
 KEY_SPACE = "k_pre"
-ALL_LAYERS, *LAYER_BANDS = ("all", "early", "middle", "late")
+ALL_LAYERS, *LAYER_BANDS = BANDS = ("all", "early", "middle", "late")
 
 
-def attention_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
+def attention_rows(task: str, runs: Sequence[Run], bands: Collection[str] = BANDS) -> Iterator[Row]:
     """Attention mass of the last prompt token on image tokens, over all layers and by thirds of the depth."""
     captured = [(run, image_mass(run.loaded.data, task)) for run in runs if run.loaded.data]
     captured = [(run, mass) for run, mass in captured if len(mass)]
     if not captured:
         return
     layers = sorted(set.intersection(*(set(mass["layer"]) for _, mass in captured)))
-    for band, members in layer_bands(layers).items():
+    for band, members in layer_bands(layers, bands).items():
         label = "Attention to image" + _of_band(band)
         base: pd.DataFrame | None = None
         for run, mass in captured:
@@ -48,12 +48,12 @@ def attention_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
             base = rows if base is None else base
 
 
-def layer_bands(layers: Sequence[int]) -> dict[str, list[int]]:
-    """All layers, and thirds of the depth where there are three layers or more."""
+def layer_bands(layers: Sequence[int], wanted: Collection[str] = BANDS) -> dict[str, list[int]]:
+    """All layers, and thirds of the depth where there are three layers or more; of these the wanted."""
     bands = {ALL_LAYERS: list(layers)}
     if len(layers) >= len(LAYER_BANDS):
         bands |= dict(zip(LAYER_BANDS, (list(part) for part in np.array_split(layers, len(LAYER_BANDS))), strict=True))
-    return bands
+    return {band: members for band, members in bands.items() if band in wanted}
 
 
 def image_mass_by_cluster(data: RunData, task: str) -> dict[str, pd.Series]:
@@ -94,14 +94,14 @@ def main_condition(data: RunData, task: str) -> str | None:
     return CLEAN if CLEAN in record.conditions else record.conditions[0]
 
 
-def mmd2_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
+def mmd2_rows(task: str, runs: Sequence[Run], bands: Collection[str] = BANDS) -> Iterator[Row]:
     """MMD^2 between visual and text keys, mean over KV heads and over all or a band of layers, from the kernel sums."""
     captured = [(run, _sums_by_layer(run.loaded.data, task)) for run in runs if run.loaded.data]
     captured = [(run, sums) for run, sums in captured if sums]
     if not captured:
         return
     shared = sorted(set.intersection(*(set(sums) for _, sums in captured)))
-    for band, layers in layer_bands(shared).items():
+    for band, layers in layer_bands(shared, bands).items():
         first: tuple[Run, KernelSums] | None = None
         for run, by_layer in captured:
             assert run.loaded.data is not None
@@ -168,7 +168,7 @@ def _change(result: stats.PairedChange) -> dict[str, Any]:
     }
 
 
-def js_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
+def js_rows(task: str, runs: Sequence[Run], bands: Collection[str] = BANDS) -> Iterator[Row]:
     """The classifier bound on the Jensen-Shannon divergence, mean over KV heads and over all or a band of layers, from
     the saved losses."""
     captured = [(run, _losses_of(run.loaded.data, task)) for run in runs if run.loaded.data]
@@ -176,7 +176,7 @@ def js_rows(task: str, runs: Sequence[Run]) -> Iterator[Row]:
     if not captured:
         return
     shared = sorted(set.intersection(*(set(losses) for _, losses in captured)))
-    for band, layers in layer_bands(shared).items():
+    for band, layers in layer_bands(shared, bands).items():
         first: HeldOutLoss | None = None
         for run, losses in captured:
             assert run.loaded.data is not None

@@ -21,7 +21,7 @@ from lmms_keyspace.outcomes import METRICS, not_valid
 from lmms_keyspace.records import NOT_INTERPRETABLE
 from lmms_keyspace.reports.accuracy import probe_rows, stock_rows
 from lmms_keyspace.reports.comparable import TaskFingerprint, other_benchmark
-from lmms_keyspace.reports.keyspace import attention_rows, js_rows, mmd2_rows
+from lmms_keyspace.reports.keyspace import BANDS, attention_rows, js_rows, mmd2_rows
 from lmms_keyspace.reports.labels import last_part, model_name
 from lmms_keyspace.reports.load import Run, each_run
 from lmms_keyspace.reports.rows import SCORE, Row
@@ -30,7 +30,12 @@ from lmms_keyspace.store import LoadedRun
 
 # What a leaderboard shows unless columns are named, of tasks that are probes; of others, what lmms-eval reports.
 DEFAULT_COLUMNS = ("clean_acc", "conflict_acc", "text_flip_rate", "vis_gain", "image_mass_all", "mmd2")
-_KEY_SPACE = {"image_mass": attention_rows, "mmd2": mmd2_rows, "js": js_rows}
+# Beginning of a column's name -> its rows, and the table that they need.
+_KEY_SPACE = {
+    "image_mass": (attention_rows, "attention"),
+    "mmd2": (mmd2_rows, None),
+    "js": (js_rows, "divergence"),
+}
 
 
 class Entry(NamedTuple):
@@ -113,7 +118,9 @@ def leaderboard(paths: Sequence[Path | str], columns: Sequence[str] = ()) -> Lea
     """
     left_out: list[str] = []
     measured: list[_Measured] = []
-    for loaded in each_run(paths):
+    asked = [name.rpartition(":")[2] for name in columns] or DEFAULT_COLUMNS
+    tables = {table for prefix, (_, table) in _KEY_SPACE.items() if any(name.startswith(prefix) for name in asked)}
+    for loaded in each_run(paths, scores_only=True, tables=tables):
         if isinstance(loaded, InputError):
             left_out.append(one_line(str(loaded), LONGEST_SENTENCE))
             continue
@@ -167,9 +174,10 @@ def _rows(run: Run, task: str, names: Sequence[str], *, everything: bool) -> Ite
         yield from probe_rows(task, [run], [name for name in names if name in METRICS])
     else:
         yield from (row for row in stock_rows(task, [run]) if everything or row.metric in names)
-    for prefix, rows_of in _KEY_SPACE.items():
-        if any(name.startswith(prefix) for name in names):
-            yield from (row for row in rows_of(task, [run]) if row.metric in names)
+    for prefix, (rows_of, _) in _KEY_SPACE.items():
+        bands = [band for band in BANDS if {prefix, f"{prefix}_{band}"} & set(names)]
+        if bands:
+            yield from (row for row in rows_of(task, [run], bands) if row.metric in names)
 
 
 def _entry(run: Run) -> tuple[tuple[str, ...], Entry]:

@@ -138,8 +138,10 @@ def open_runs(paths: Sequence[Path | str]) -> list[Run | InputError]:
     return [run if isinstance(run, InputError) else Run(next(names), run) for run in found]
 
 
-def each_run(paths: Sequence[Path | str]) -> Iterator[LoadedRun | InputError]:
+def each_run(paths: Sequence[Path | str], **parts: Any) -> Iterator[LoadedRun | InputError]:
     """The runs at `paths`, one after the other, so that not all must be held; where one cannot be read, its error.
+
+    `parts` says what to read of each, as `store.load_run` does; everything by default.
 
     Raises InputError when no path is given.
     """
@@ -153,12 +155,12 @@ def each_run(paths: Sequence[Path | str]) -> Iterator[LoadedRun | InputError]:
             yield error
             continue
         seen.update(found)
-        yield from map(_loaded, found)
+        yield from (_loaded(files, **parts) for files in found)
 
 
-def _loaded(files: RunFiles) -> LoadedRun | InputError:
+def _loaded(files: RunFiles, **parts: Any) -> LoadedRun | InputError:
     try:
-        run = load_run(files)
+        run = load_run(files, **parts)
         check_run(run)
     except InputError as error:
         name = one_line(f"{files.folder.name}/{files.date}")

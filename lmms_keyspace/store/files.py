@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import SCHEMA_VERSION
 
 VERSION_KEY = "lmms_keyspace_schema"
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON; where there is none, no string needs a second look
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -49,12 +51,13 @@ def check_version(path: Path, version: object) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        text = path.read_text(encoding="utf-8", errors="replace")
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:  # the latter for lists in lists without end
         raise InputError("file", path.name, rerun(f"not JSON: {error}")) from error
     if not isinstance(content, dict):
         raise InputError("file", path.name, rerun("not a JSON object"))
-    return {encodable(key): encodable(value) for key, value in content.items()}
+    return encodable(content) if SURROGATE.search(text) else content
 
 
 def encodable(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from pydantic import ValidationError
 
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import HeldOutLoss, KernelSums, RunData, RunRecord
-from lmms_keyspace.store.files import check_version, encodable, read_json, require, rerun, with_prefix, write
-from lmms_keyspace.store.tables import read_table, table_bytes
+from lmms_keyspace.store.files import SURROGATE, check_version, encodable, read_json, require, rerun, with_prefix, write
+from lmms_keyspace.store.tables import empty_table, read_table, table_bytes
 from lmms_keyspace.store.tensors import by_document_bytes, keys_bytes, read_by_document, read_keys
 
 # lmms-eval's date, e.g. 20261121_104102. Tasks write files called `<something>_results.json` too: those are not runs.
 _RUN_FILE = re.compile(r"(?P<date>\d[\dT_.\-]*)_(results|keyspace)\.json")
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON; most lines have none, and need no second look
+_SCORED = frozenset({"doc_id", "group_id", "condition", "outcome"})
+_NUMBERS = frozenset({int, float, bool})
+RUN_TABLES = ("divergence", "attention", "tokens")
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,16 @@ def write_run(folder: Path, date: str, data: RunData) -> list[Path]:
     return written
 
 
-def read_run(folder: Path, date: str) -> RunData:
+def read_run(folder: Path, date: str, *, tables: Collection[str] = RUN_TABLES) -> RunData:
     """Read what `write_run` wrote. Raises InputError for an incomplete run, a newer schema or a corrupt file.
 
-    `gram` and the arrays of `keys` are read from disk when accessed.
+    `gram` and the arrays of `keys` are read from disk when accessed. Only the named `tables` are read; the others are
+    empty, which saves most of the time where many runs are read for little of each.
     """
     record = _read_record(folder / f"{date}_keyspace.json")
     frames = {
-        name: read_table(folder / f"{date}_{name}.parquet", name) for name in ("divergence", "attention", "tokens")
+        name: read_table(folder / f"{date}_{name}.parquet", name) if name in tables else empty_table(name)
+        for name in RUN_TABLES
     }
     options_path = folder / f"{date}_options.parquet"
     options = read_table(options_path, "options") if options_path.exists() else None
@@ -129,8 +134,10 @@ def find_runs(path: Path) -> list[RunFiles]:
     return sorted(found, key=lambda files: (files.date, files.folder))
 
 
-def load_run(files: RunFiles) -> LoadedRun:
+def load_run(files: RunFiles, *, scores_only: bool = False, tables: Collection[str] = RUN_TABLES) -> LoadedRun:
     """Load lmms-eval's results and samples and, where there is one, the capture.
+
+    `scores_only` as in `read_samples`, `tables` as in `read_run`.
 
     Raises InputError when a file is missing, truncated, incomplete or of a newer schema; the message names it.
     """
@@ -139,13 +146,16 @@ def load_run(files: RunFiles) -> LoadedRun:
     return LoadedRun(
         files=files,
         results=results,
-        samples={task: read_samples(path) for task, path in files.samples.items()},
-        data=read_run(files.folder, files.date) if files.keyspace else None,
+        samples={task: read_samples(path, scores_only=scores_only) for task, path in files.samples.items()},
+        data=read_run(files.folder, files.date, tables=tables) if files.keyspace else None,
     )
 
 
-def read_samples(path: Path) -> pd.DataFrame:
+def read_samples(path: Path, *, scores_only: bool = False) -> pd.DataFrame:
     """A samples file of lmms-eval, one row per line; invalid UTF-8 becomes U+FFFD, half a surrogate pair `?`.
+
+    With `scores_only`, only what names a row and its outcome, and numbers: lmms-eval gives every row a field for every
+    metric of its task, most of them empty.
 
     Raises InputError naming the file and the line when a line is not a JSON object.
     """
@@ -158,7 +168,9 @@ def read_samples(path: Path) -> pd.DataFrame:
                 raise InputError(f"{path.name}, line {number}", _short(line), rerun(f"not JSON: {error}")) from error
             if not isinstance(row, dict):
                 raise InputError(f"{path.name}, line {number}", _short(line), rerun("not a JSON object"))
-            rows.append(encodable(row) if _SURROGATE.search(line) else row)
+            if scores_only:
+                row = {key: value for key, value in row.items() if type(value) in _NUMBERS or key in _SCORED}
+            rows.append(encodable(row) if SURROGATE.search(line) else row)
     return pd.DataFrame(rows)
 
 
