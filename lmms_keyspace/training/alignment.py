@@ -146,16 +146,15 @@ def alignment_terms(
     mmd2: dict[int, Tensor] = {}
     gram: dict[int, Tensor] = {}
     ratios: list[Tensor] = []
-    for tap in taps:
+    for tap, keys_of_sides in zip(taps, _keys_of_all_ranks(taps, sides), strict=True):
         assert tap.keys is not None
-        assert tap.base is not None
         if (loss.lambda_mmd or loss.lambda_gram) and not tap.keys.requires_grad and torch.is_grad_enabled():
             raise InputError(
                 "gradient_checkpointing",
                 "use_reentrant=True",
                 "it hides the keys from the MMD and Gram terms; use_reentrant=False keeps them.",
             )
-        (visual, base_visual), (text, base_text) = (_keys_of_all_ranks(tap, side) for side in sides)
+        (visual, base_visual), (text, base_text) = keys_of_sides
         with torch.set_grad_enabled(torch.is_grad_enabled() and loss.lambda_mmd > 0):
             mmd2[tap.layer] = mmd2_loss(visual, text, bandwidth2[tap.layer], anchor=loss.anchor).mean()
         with torch.set_grad_enabled(torch.is_grad_enabled() and loss.lambda_gram > 0):
@@ -174,24 +173,32 @@ def mean_over_layers(by_layer: Mapping[int, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def mean_gates(taps: Sequence[KeyTap], sides: tuple[Side, Side]) -> tuple[Tensor, Tensor] | None:
-    """Mean gate (visual, text) of the active adapter at this rank's chosen tokens, over layers; None without gates."""
+def summed_gates(taps: Sequence[KeyTap], sides: tuple[Side, Side]) -> Tensor | None:
+    """Gates of the active adapter at this rank's chosen tokens; None for an adapter without gates.
+
+    Returns:
+        [2, 2]: for visual and for text tokens the sum over tokens of the mean over layers, and the number of tokens. A
+        rank may have no chosen token of a modality, so only sums over ranks have a mean.
+    """
     gates: list[Tensor] = []
     for tap in taps:
         module = tap.module
         if not isinstance(module, MaloraLayer) or tap.inputs is None:
             continue
+        rows = tap.inputs.flatten(0, 1)
         for name in module.active_adapters:
-            rows = tap.inputs.flatten(0, 1)
             each = [
-                module.gates(rows[side.tokens.to(rows.device)], name)[:, modality].mean()
+                module.gates(rows[side.tokens.to(rows.device)], name)[:, modality]
+                .unsqueeze(-1)
+                .flatten(1)
+                .mean(-1)
+                .sum()
                 for modality, side in enumerate(sides)
             ]
-            gates.append(torch.stack(each).cpu())
-    if not gates or not all(len(side.tokens) for side in sides):
+            gates.append(torch.stack(each).float().cpu())
+    if not gates:
         return None
-    visual, text = torch.stack(gates).mean(dim=0)
-    return visual, text
+    return torch.stack([torch.stack(gates).mean(dim=0), torch.tensor([float(len(side.tokens)) for side in sides])], 1)
 
 
 @torch.no_grad()
@@ -244,20 +251,31 @@ def _pick(keys: Tensor, tokens: Tensor) -> Tensor:
     return keys.flatten(0, 1)[tokens.to(keys.device)].transpose(0, 1)
 
 
-def _keys_of_all_ranks(tap: KeyTap, side: Side) -> tuple[Tensor, Tensor]:
-    """Adapted and base keys [heads, n, width] at the chosen tokens of all ranks, in their common order.
+_Pair = tuple[Tensor, Tensor]  # adapted and base keys [heads, n, width]
 
-    Each rank fills its own places and the sum over ranks fills the rest; the gradient of a sum reaches every rank, and
+
+def _keys_of_all_ranks(taps: Sequence[KeyTap], sides: tuple[Side, Side]) -> list[tuple[_Pair, _Pair]]:
+    """Per tap the visual and the text keys at the chosen tokens of all ranks, in their common order.
+
+    Each rank fills its own places and one sum over ranks fills the rest; the gradient of a sum reaches every rank, and
     the averaging of gradients over ranks that follows gives that of one process.
     """
-    assert tap.keys is not None
-    assert tap.base is not None
-    mine = torch.stack([_pick(tap.keys, side.tokens), _pick(tap.base, side.tokens)])
-    if _world_size() == 1:  # the tokens are in the order of their slots
-        return mine[0], mine[1]
-    places = mine.new_zeros(*mine.shape[:2], side.n, mine.shape[-1])
-    whole = _SumOverRanks.apply(places.index_copy(2, side.slots.to(mine.device), mine))
-    return whole[0], whole[1].detach()
+    mine = []
+    for tap in taps:
+        assert tap.keys is not None
+        assert tap.base is not None
+        mine += [torch.stack([_pick(tap.keys, side.tokens), _pick(tap.base, side.tokens)]) for side in sides]
+    if _world_size() > 1:  # with one process the tokens are in the order of their slots
+        slots = [side.slots for _ in taps for side in sides]
+        placed = [
+            own.new_zeros(*own.shape[:2], sides[0].n, own.shape[-1]).index_copy(2, where.to(own.device), own)
+            for own, where in zip(mine, slots, strict=True)
+        ]
+        whole = _SumOverRanks.apply(torch.cat([each.flatten() for each in placed]))
+        parts = whole.split([each.numel() for each in placed])
+        mine = [part.view_as(each) for part, each in zip(parts, placed, strict=True)]
+    pairs = [(keys[0], keys[1].detach()) for keys in mine]
+    return list(zip(pairs[::2], pairs[1::2], strict=True))
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -25,13 +25,14 @@ from lmms_keyspace.training.alignment import (
     TokenChooser,
     alignment_terms,
     calibrate,
-    mean_gates,
     mean_over_layers,
+    summed_gates,
 )
 from lmms_keyspace.training.config import LossConfig
 from lmms_keyspace.training.encoding import EXAMPLE_ID, Collator
 
 LAST_GOOD = "last_good"
+_GATES = ("gate_visual", "gate_text")
 
 
 class AlignmentTrainer(Trainer):
@@ -125,8 +126,10 @@ class AlignmentTrainer(Trainer):
         if self.loss.lambda_gram:
             loss = loss + share * self.loss.lambda_gram * mean_over_layers(terms.gram)
         self._note(ce.detach() if scaled else ce.detach() / self.current_gradient_accumulation_steps, terms)
-        if gates := mean_gates(self._taps, sides):
-            self._add({"gate_visual": gates[0], "gate_text": gates[1]})
+        gates = summed_gates(self._taps, sides)
+        if gates is not None:
+            for name, (total, count) in zip(_GATES, gates, strict=True):
+                self._add({name: total, f"{name}_tokens": count})
         for tap in self._taps:
             tap.clear()
         return (loss, outputs) if return_outputs else loss
@@ -160,7 +163,11 @@ class AlignmentTrainer(Trainer):
             names = sorted(self._sums)
             means = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float32).cpu() for name in names])
             means = self.accelerator.reduce(means.to(self.args.device), reduction="mean") / steps
-            logs |= dict(zip(names, means.tolist(), strict=True))
+            found = dict(zip(names, means.tolist(), strict=True))
+            for name in _GATES:
+                if count := found.pop(f"{name}_tokens", 0):
+                    found[name] /= count
+            logs |= found
             self._sums.clear()
         super().log(logs, start_time)
 

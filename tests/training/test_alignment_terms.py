@@ -11,7 +11,7 @@ from lmms_keyspace import divergence
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.malora import MaloraConfig
 from lmms_keyspace.malora.taps import key_taps, tapped
-from lmms_keyspace.training.alignment import TokenChooser, alignment_terms, calibrate, mean_gates, mean_over_layers
+from lmms_keyspace.training.alignment import TokenChooser, alignment_terms, calibrate, mean_over_layers, summed_gates
 from lmms_keyspace.training.config import LossConfig
 
 PROMPTS = [prompt("image", 10, 11, 12, EOS), prompt(20, "image", 21), prompt("image", 30, 31, 32, 33, 34)]
@@ -77,9 +77,10 @@ def test_the_terms_are_those_of_the_captured_keys() -> None:
         expected = divergence.mmd2(visual, text, bandwidth2=bandwidth2[tap.layer]).mean()
         assert terms.mmd2[tap.layer].item() == pytest.approx(expected, abs=1e-5)
     assert mean_over_layers(terms.gram) > 0
-    gates = mean_gates(taps, sides)
+    gates = summed_gates(taps, sides)
     assert gates is not None
-    assert not any(gate.item() == pytest.approx(0.5) for gate in gates)
+    assert gates[:, 1].tolist() == [side.n for side in sides]
+    assert not any(gate.item() == pytest.approx(0.5) for gate in gates[:, 0] / gates[:, 1])
 
 
 def test_a_fresh_adapter_changes_no_key() -> None:

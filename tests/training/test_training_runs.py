@@ -25,7 +25,8 @@ SHORT = (
     "data.scenes={n: 24, hint: 0.5, misleading: 0.5}",
     "evaluation.every=0",
     "loss={lambda_mmd: 2, lambda_gram: 1, calibration_examples: 8}",
-    "trainer={per_device_train_batch_size: 8, max_steps: 4, logging_steps: 1, save_strategy: no, disable_tqdm: true}",
+    "trainer={per_device_train_batch_size: 8, max_steps: 4, logging_steps: 1, save_strategy: no, disable_tqdm: true,"
+    " lr_scheduler_type: constant, warmup_steps: 0}",
 )
 
 
@@ -95,14 +96,15 @@ def in_two_processes(*arguments: str) -> None:
 
 
 def test_two_processes_are_one_with_twice_the_batch(whole: Path, tmp_path: Path) -> None:
-    flags = [f"--set={flag}" for flag in (*SHORT, "trainer.per_device_train_batch_size=4")]
+    halves = ("trainer.per_device_train_batch_size=4", "trainer.max_steps=2")
+    flags = [f"--set={flag}" for flag in (*SHORT, *halves)]
     in_two_processes(f"--output-dir={tmp_path / 'two'}", *flags)
     assert json.loads((tmp_path / "two" / run.RECORD).read_text())["processes"] == 2
-    for one, two in zip(steps(whole), steps(tmp_path / "two"), strict=True):
-        for name in ("ce", "mmd2", "gram", "loss", "key_norm_ratio_visual"):
+    for one, two in zip(steps(whole), steps(tmp_path / "two"), strict=False):
+        for name in ("ce", "mmd2", "gram", "loss", "key_norm_ratio_visual", "gate_visual"):
             assert two[name] == pytest.approx(one[name], abs=1e-5), (one["step"], name)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
-    for name, value in weights(whole).items():
+    for name, value in weights(whole / "checkpoint-2").items():
         assert torch.allclose(weights(tmp_path / "two")[name], value, atol=2e-4), name
 
 
