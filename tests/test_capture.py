@@ -16,6 +16,7 @@ from adapter_models import EOS, IMAGE, IMAGE_SIZE, IMAGE_TOKENS
 from models import expanded, family_model, left_padded, tokenizer
 from peft import LoraConfig, get_peft_model
 
+from lmms_keyspace import last_query
 from lmms_keyspace.capture import Capture, Row
 from lmms_keyspace.captured import prefix_hashes
 from lmms_keyspace.errors import InputError
@@ -342,6 +343,13 @@ def test_scores_and_key_norms_are_means_over_tokens_and_heads(llava, rows):
     at = torch.as_tensor(row.positions)
     torch.testing.assert_close(capture.keys("toy", space="q", layer=1)[0], query[0][:, at].transpose(0, 1))
     torch.testing.assert_close(capture.keys("toy", space="k_post", layer=1)[0], rotated[0][:, at].transpose(0, 1))
+
+
+def test_layers_summed_up_one_by_one_or_together_give_the_same(llava, rows, monkeypatch):
+    together, _ = run(llava, rows)
+    monkeypatch.setattr(last_query, "_HELD", 1)
+    alone, _ = run(llava, rows)
+    pd.testing.assert_frame_equal(alone.attention_table(), together.attention_table(), rtol=1e-5, atol=1e-6)
 
 
 def test_hooks_are_gone_after_an_exception(llava, rows):
