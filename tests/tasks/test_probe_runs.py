@@ -132,6 +132,37 @@ def test_a_model_that_ignores_all_writing_is_not_the_best() -> None:
     expect(ideal, typo_drop=0, typo_lure=0, clean_acc=1, read_acc=1, valid=1)
 
 
+def uncertain(doc: dict[str, Any]) -> bool:
+    """Every second group is one that the model cannot see."""
+    return int(doc["group_id"].split("-")[1]) % 2 == 0
+
+
+def other(doc: dict[str, Any]) -> str:
+    return next(word for word in doc["pool"] if word not in (doc["gold"], doc["lure"]))
+
+
+def test_a_model_that_ignores_all_text_does_not_come_out_best() -> None:
+    """It is never fooled, and neither is one that uses text where it cannot see and the text is true."""
+
+    def ignores(doc: dict[str, Any]) -> str:
+        return doc["gold"] if doc["image"] == "scene" and not uncertain(doc) else other(doc)
+
+    def uses(doc: dict[str, Any]) -> str:
+        helped = doc["condition"] in ("match", "caption_oracle")
+        told = doc["condition"] == "text_only_conflict"
+        return doc["gold"] if helped else doc["lure"] if told else ignores(doc)
+
+    ignoring, using = (run(reply, "textbias_probe_quick")[0] for reply in (ignores, uses))
+    for results in (ignoring, using):
+        expect(results, text_flip_rate=0, conflict_lure=0, clean_acc=1 / 2)
+    expect(ignoring, benefit=0, discrimination=0, text_only_lure=0)
+    expect(using, benefit=1 / 2, discrimination=1, text_only_lure=1)
+    assert using["benefit_ci_lo"] > ignoring["benefit_ci_hi"]
+    blind_to_text, reads = (run(reply, QUICK["visreliance_probe"])[0] for reply in (ignores, uses))
+    expect(blind_to_text, caption_oracle_acc=0, toll=-blind_to_text["clean_acc"])
+    expect(reads, caption_oracle_acc=1, toll=1 - reads["clean_acc"], clean_acc=blind_to_text["clean_acc"])
+
+
 @pytest.mark.parametrize(
     ("probe", "per_group"), [(name, len(reported.PROBES[name].conditions)) for name in probes.NAMES]
 )
