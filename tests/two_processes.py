@@ -6,12 +6,14 @@ Usage, by a launcher that sets the ranks: python tests/two_processes.py FOLDER
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sqlite3
 import sys
 from pathlib import Path
 
 from evaluation import evaluate, fix_cache_version
+from lmms_eval.tasks import TaskManager
 from transformers import GenerationMixin
 
 from lmms_keyspace.sampling import Sampler
@@ -33,11 +35,12 @@ metadata:
 
 
 def command_line(*arguments: str) -> None:
-    """lmms-eval's own, as `python -m lmms_eval` runs it."""
-    from lmms_eval.__main__ import cli_evaluate
+    """lmms-eval's own, as `python -m lmms_eval` runs it; only it does not look at every task that it brings."""
+    from lmms_eval import __main__
 
+    __main__.TaskManager = functools.partial(TaskManager, include_defaults=False)
     sys.argv = ["lmms-eval", "--model", MODEL, "--tasks", TASK, *arguments]
-    cli_evaluate()
+    __main__.cli_evaluate()
 
 
 def seed_that_chooses_even_documents(count: int) -> int:
