@@ -7,8 +7,6 @@ runs may be compared.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from lmms_keyspace.reports.accuracy import logged_scores
 from lmms_keyspace.reports.comparable import Fingerprint
 from lmms_keyspace.reports.keyspace import image_mass_by_cluster
 from lmms_keyspace.reports.load import Run, open_runs
+from lmms_keyspace.store.files import write
 
 BASELINE_VERSION = 1
 _HEADER = b"lmms_keyspace_baseline"
@@ -122,15 +121,10 @@ def write_baseline(items: Items, path: Path) -> None:
     )
     table = pa.Table.from_pandas(frame[_SCHEMA.names], schema=_SCHEMA, preserve_index=False)
     table = table.replace_schema_metadata({_HEADER: header.model_dump_json().encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write(path, sink.getvalue().to_pybytes())
 
 
 def read_baseline(path: Path) -> Items:

@@ -341,3 +341,10 @@ def test_the_guide_and_its_workflow_are_true():
     (call,) = (step["run"] for step in workflow["jobs"]["gate"]["steps"] if step.get("name") == "Gate")
     options = CliRunner().invoke(app, ["gate", "--help"], env={"COLUMNS": "200"}).output
     assert all(option in options for option in re.findall(r"--\w+", call))
+
+
+def test_a_baseline_file_is_as_readable_as_any_output(sides, tmp_path):
+    file, plain = tmp_path / "new" / "baseline.parquet", tmp_path / "plain"
+    write_baseline(load_items(sides["base"]), file)
+    plain.write_text("")
+    assert file.stat().st_mode == plain.stat().st_mode
