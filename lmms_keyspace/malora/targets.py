@@ -188,10 +188,18 @@ def check_targets(config: PeftConfig, model_config: Any) -> None:
         model_config: transformers config of the model.
 
     Raises:
-        InputError: as `find_targets`.
+        InputError: as `find_targets`; or MaLoRA on a checkpoint that is quantized otherwise than by bitsandbytes.
     """
     model = skeleton(model_config)
     if isinstance(config, MaloraConfig):
+        quantization = getattr(model_config, "quantization_config", None) or {"quant_method": "bitsandbytes"}
+        method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method.value
+        if method != "bitsandbytes":
+            raise InputError(
+                "pretrained",
+                f"quantized by {method}",
+                "MaLoRA adapts layers that are not quantized, or by bitsandbytes.",
+            )
         find_targets(copy.deepcopy(config), model)
         return
     decoder = decoder_sites(model).family.decoder

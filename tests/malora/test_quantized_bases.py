@@ -11,9 +11,10 @@ import torch
 from adapter_models import batch, prompt, tiny_llava
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
+from transformers import FineGrainedFP8Config
 
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.malora import MaloraConfig
+from lmms_keyspace.malora import MaloraConfig, check_targets
 
 
 def with_layers(make: Any) -> nn.Module:
@@ -67,6 +68,18 @@ def test_bitsandbytes_layers(bits: int, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(quantized(bits), tmp_path).eval()
     torch.testing.assert_close(logits(again, inputs), adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_other_quantized_checkpoints_are_refused_before_loading() -> None:
+    config = tiny_llava().config
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    check_targets(MaloraConfig(), config)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(InputError, match="quantized by gptq"):
+        check_targets(MaloraConfig(), config)
+    config.quantization_config = FineGrainedFP8Config()
+    with pytest.raises(InputError, match=r"quantized by .*fp8"):
+        check_targets(MaloraConfig(), config)
 
 
 class OtherLinear(nn.Module):
