@@ -1,5 +1,7 @@
 """The one error that bad input gets: it names the argument, the value and the way out."""
 
+_LONGEST = 1000  # characters of a value that a message shows
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used.
@@ -11,7 +13,10 @@ class InputError(ValueError):
     """
 
     def __init__(self, argument: str, value: object, way_out: str) -> None:
-        super().__init__(f"{argument}={value!r}: {way_out}")
+        shown = repr(value)  # escapes what would move a terminal's cursor
+        if len(shown) > _LONGEST:
+            shown = shown[:_LONGEST] + "…"
+        super().__init__(f"{argument}={shown}: {way_out}")
         self.argument = argument
         self.value = value
         self.way_out = way_out

@@ -66,6 +66,13 @@ def test_names_become_one_short_line_without_controls(text, longest):
     assert one_line(shown, longest) == shown
 
 
+def test_an_error_shows_the_start_of_a_value():
+    message = str(InputError("model", HOSTILE, "name another"))
+    assert len(message) < 1100
+    assert message.endswith("…: name another")
+    assert not set(message) & set("\x00\x1b\u202e")
+
+
 def test_hostile_names_are_shown_as_text(tmp_path):
     name = HOSTILE.replace("\udcff", "")  # which no file of ours can hold
     record = {"pretrained": name, "adapter": name}
