@@ -33,6 +33,11 @@ CASES = {
     "training_step_llava_7b": "malora",
     "robust_mmd_2048": "estimators",
     "robust_mmd_4096": "estimators",
+    "all_kernels_4096": "estimators",
+    "classifier_2048": "estimators",
+    "classifier_apart_2048": "estimators",
+    "hyppo_mmd_4096": "estimators",
+    "kernel_memory_4096": "estimators",
 }
 NEEDS_GPU = {"capture_llava_7b", "training_step_llava_7b"}
 

@@ -97,9 +97,11 @@ class JSClassifier:
         is_x = torch.arange(features.shape[1], device=x.device) < x.shape[-2]
         fold_of = torch.from_numpy(fold[np.concatenate([codes_x, codes_y])]).to(x.device)
         logit = features.new_zeros(features.shape[:2])
+        weight, bias = features.new_zeros(len(features), features.shape[-1]), features.new_zeros(len(features), 1)
         for k in range(int(fold.max()) + 1):
             held = fold_of == k
-            weight, bias = self._fit(features[:, ~held], is_x[~held])
+            # The folds share most of their images, so the last one's classifier is a start a few steps away.
+            weight, bias = self._fit(features[:, ~held], is_x[~held], weight, bias)
             logit[:, held] = (features[:, held] @ weight.unsqueeze(-1)).squeeze(-1) + bias
         loss = self._shrunk_loss(torch.where(is_x, -logit, logit), is_x, fold_of)
         codes = torch.from_numpy(np.concatenate([codes_x, codes_y + d])).to(x.device)
@@ -135,8 +137,9 @@ class JSClassifier:
             loss[:, held] = by_factor[best, torch.arange(len(margin), device=margin.device)][:, held]
         return loss
 
-    def _fit(self, features: Tensor, is_x: Tensor) -> tuple[Tensor, Tensor]:
-        """Newton's method with step halving on [B, n, d]; returns weights [B, d] and biases [B, 1] for raw features."""
+    def _fit(self, features: Tensor, is_x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Newton's method with step halving on [B, n, d], from weights [B, d] and biases [B, 1] for raw features to
+        those that fit."""
         balance = _balance(is_x, features.dtype)
         mean = features.mean(dim=1, keepdim=True)
         deviation = features.std(dim=1, keepdim=True, correction=0)
@@ -146,7 +149,8 @@ class JSClassifier:
         penalty = torch.full_like(z[0, 0], self.l2)
         penalty[-1] = 0
         target = is_x.to(z.dtype)
-        w = z.new_zeros(len(z), z.shape[-1])
+        shift = (weight * mean.squeeze(1)).sum(dim=-1, keepdim=True)
+        w = torch.cat([weight * scale.squeeze(1), bias + shift], dim=-1)
 
         def objective(w: Tensor) -> Tensor:
             logit = (z @ w.unsqueeze(-1)).squeeze(-1)
@@ -173,7 +177,7 @@ class JSClassifier:
                 length = torch.where(worse, length / 2, length)
             w, current = w - length.unsqueeze(-1) * step, trial
         if features.dtype == torch.float32:  # rounding can stall it on extreme outliers
-            weight, bias = self._fit(features.double(), is_x)
+            weight, bias = self._fit(features.double(), is_x, weight.double(), bias.double())
             return weight.to(features.dtype), bias.to(features.dtype)
         raise RuntimeError(f"logistic regression did not converge in {self.max_iterations} Newton steps")
 

@@ -21,7 +21,8 @@ def test_the_fit_is_scikit_learns(n_text):
     features = np.concatenate([x, y], axis=1)
     is_x = np.arange(400 + n_text) < 400
     classifier = JSClassifier(tolerance=1e-10)
-    weight, bias = classifier._fit(torch.from_numpy(features), torch.from_numpy(is_x))
+    start = (torch.from_numpy(rng.normal(size=(3, 6)) / 5), torch.ones(3, 1, dtype=torch.float64))  # any will do
+    weight, bias = classifier._fit(torch.from_numpy(features), torch.from_numpy(is_x), *start)
     for h in range(3):
         mean, deviation = features[h].mean(0), features[h].std(0)
         sample_weight = np.where(is_x, 0.5 / 400, 0.5 / n_text)
