@@ -120,7 +120,7 @@ class KeyspaceVLM(lmms):
             yield
         except BaseException:
             observed = self._recorder.observed
-            if observed.capture is not None and observed.tasks:
+            if observed.capture is not None and observed.capture.captured:
                 with harness.uninterrupted():
                     partial = assemble(observed, finished=False)
                     harness.hand_over(partial, self.arguments.keys_dir, rank=self._recorder.ranks.rank)

@@ -107,6 +107,7 @@ def test_a_cached_answer_of_a_selected_document_is_an_error_before_the_first_for
     with pytest.raises(InputError, match=rf"use_cache='{TASK}, document {first}'.* of 1 documents .*capture=off"):
         evaluate("keyspace_llava", tmp_path / "out", limit=LIMIT, batch_size=8, use_cache=cache, model_args=FEW)
     assert calls == []
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_cached_answers_of_unselected_documents_are_no_matter(full_cache, tmp_path):
@@ -136,7 +137,7 @@ def test_where_the_cache_has_every_answer_results_are_saved_before_the_error(mon
 
 def test_options_need_every_document(tmp_path):
     fix_cache_version()
-    given = {"limit": 6, "use_cache": str(tmp_path / "cache"), "model_args": "capture=off,option_logprobs=on"}
+    given = {"limit": 2, "use_cache": str(tmp_path / "cache"), "model_args": "capture=off,option_logprobs=on"}
     evaluate("keyspace_llava", **given)
-    with pytest.raises(InputError, match=r"of 6 documents.*option_logprobs=off"):
+    with pytest.raises(InputError, match=r"of 2 documents.*option_logprobs=off"):
         evaluate("keyspace_llava", **given)
