@@ -133,7 +133,7 @@ def test_a_model_that_ignores_all_writing_is_not_the_best() -> None:
 
 
 def uncertain(doc: dict[str, Any]) -> bool:
-    """Every second group is one that the model cannot see."""
+    """Every second group of a family, 25 of 48, is one that the model cannot see."""
     return int(doc["group_id"].split("-")[1]) % 2 == 0
 
 
@@ -154,9 +154,9 @@ def test_a_model_that_ignores_all_text_does_not_come_out_best() -> None:
 
     ignoring, using = (run(reply, "textbias_probe_quick")[0] for reply in (ignores, uses))
     for results in (ignoring, using):
-        expect(results, text_flip_rate=0, conflict_lure=0, clean_acc=1 / 2)
+        expect(results, text_flip_rate=0, conflict_lure=0, clean_acc=23 / 48)
     expect(ignoring, benefit=0, discrimination=0, text_only_lure=0)
-    expect(using, benefit=1 / 2, discrimination=1, text_only_lure=1)
+    expect(using, benefit=25 / 48, discrimination=1, text_only_lure=1)
     assert using["benefit_ci_lo"] > ignoring["benefit_ci_hi"]
     blind_to_text, reads = (run(reply, QUICK["visreliance_probe"])[0] for reply in (ignores, uses))
     expect(blind_to_text, caption_oracle_acc=0, toll=-blind_to_text["clean_acc"])
