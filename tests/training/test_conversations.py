@@ -8,12 +8,14 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from models import family_model, family_processor, placeholder
 from PIL import Image
 from transformers import AutoProcessor
 
 from lmms_keyspace import embedded, scenes
 from lmms_keyspace.embedded.architecture import EOS_ID, IMAGE_ID, IMAGE_TOKENS
 from lmms_keyspace.errors import InputError
+from lmms_keyspace.malora import visual_token_ids
 from lmms_keyspace.training.config import DataSettings, SceneSettings
 from lmms_keyspace.training.encoding import IGNORED, Collator, EncodedExamples
 from lmms_keyspace.training.examples import Example, Turn, read_examples
@@ -123,6 +125,33 @@ def test_only_answers_are_learned(processor) -> None:
     assert learned(item, processor) == " red a circle</s>"
     assert item["input_ids"][-1] == EOS_ID
     assert (item["labels"][item["labels"] != IGNORED] == item["input_ids"][item["labels"] != IGNORED]).all()
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} : {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next", "gemma3", "idefics3"])
+def test_other_architectures(family: str) -> None:
+    """Processors that add tokens around images, cut them into tiles, or return one entry per patch."""
+    model, processor = family_model(family), family_processor(family)
+    processor.chat_template = TEMPLATE.replace("IMAGE", placeholder(family))
+    answered = (Turn("assistant", "red"), Turn("user", "What"), Turn("assistant", "circle"))
+    pictures = (lambda: scenes.blank().resize((64, 64)),)
+    asked = [Turn("user", "<image> What color" + " ?" * i) for i in range(3)]
+    examples = [Example("row", pictures, (turn, *answered)) for turn in asked]
+    encoded = EncodedExamples(examples, processor, visual_token_ids(model.config))
+    rows = [encoded[i] for i in range(3)]
+    for row in rows:
+        assert learned(row, processor).split()[:2] == ["red", "circle"]
+    batch = Collator(processor.tokenizer.pad_token_id)(rows)
+    del batch["example_id"]
+    together = model(**batch).loss
+    alone = [model(**{k: v for k, v in Collator(0)([row]).items() if k != "example_id"}).loss for row in rows]
+    assert together.item() == pytest.approx(torch.stack(alone).mean().item(), rel=1e-4)
 
 
 def test_answers_before_a_later_image_are_found(processor) -> None:
