@@ -111,6 +111,8 @@ class Measuring:
             (visual, clusters_visual), (text, clusters_text) = (
                 self._keys(task, condition, space, layer, modality) for modality in sides
             )
+            whole = [self.source.keys(task, condition, space, layer, modality) for modality in sides]
+            has_sinks = any(len(keys) > len(kept) for (keys, _), kept in zip(whole, (visual, text), strict=True))
             unrotated = [self._keys(task, condition, "k_pre", layer, side)[0] for side in sides]
             base = [
                 self._keys(task, condition, space, layer, side, reference=True)[0] for side in sides * self.reference
@@ -129,6 +131,7 @@ class Measuring:
                 },
                 unrotated=(unrotated[0], unrotated[1]) if space == "k_post" else None,
                 base=(base[0], base[1]) if base else None,
+                with_sinks=(whole[0], whole[1]) if has_sinks else None,
             )
 
     def _keys(

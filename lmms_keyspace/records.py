@@ -34,9 +34,10 @@ SEGMENTS = ("image", "hint", "question", "options", "boilerplate", "special")
 SPACES = ("k_pre", "k_post", "q", "v", "k_rand")
 # Contrasts of the divergence table. The split-half baselines compare one modality with itself, split by cluster.
 VISUAL_TEXT, VISUAL_VISUAL, TEXT_TEXT = CONTRASTS = ("visual-text", "visual-visual", "text-text")
-# Controls: as many visual as text tokens in every cluster; content shuffled over the places of rotated keys; text of
-# a task against text of another one (`text-text:<other task>`); keys of base and adapted model at the same tokens.
-EQUAL_COUNTS, POSITION_NULL = "visual-text:equal-counts", "position-null"
+# Controls: attention sinks left in; as many visual as text tokens in every cluster; content shuffled over the places of
+# rotated keys; text of a task against text of another one (`text-text:<other task>`); keys of base and adapted model at
+# the same tokens.
+WITH_SINKS, EQUAL_COUNTS, POSITION_NULL = "visual-text:with-sinks", "visual-text:equal-counts", "position-null"
 BASE_ADAPTED_VISUAL, BASE_ADAPTED_TEXT = "base-adapted:visual", "base-adapted:text"
 # The estimators that reports read; the others of the table stand beside them as an ablation.
 MAIN_ESTIMATORS = ("mmd2", "js_classifier", "paper_mmd", "paper_js_histogram")

@@ -31,6 +31,7 @@ class LayerKeys:
         other_text: task -> text keys of that task, and their clusters.
         unrotated: for `k_post`, `k_pre` of the visual and of the text tokens.
         base: keys of the base model at the same visual and text tokens.
+        with_sinks: the visual and the text tokens with attention sinks among them, keys and clusters; None without any.
     """
 
     layer: int
@@ -42,6 +43,7 @@ class LayerKeys:
     other_text: Mapping[str, tuple[Tensor, Sequence[str]]] = field(default_factory=dict)
     unrotated: tuple[Tensor, Tensor] | None = None
     base: tuple[Tensor, Tensor] | None = None
+    with_sinks: tuple[tuple[Tensor, Sequence[str]], tuple[Tensor, Sequence[str]]] | None = None
 
     @property
     def width2(self) -> Floats:

@@ -45,6 +45,7 @@ from lmms_keyspace.records import (
     TEXT_TEXT,
     VISUAL_TEXT,
     VISUAL_VISUAL,
+    WITH_SINKS,
     HeldOutLoss,
     KernelSums,
     text_against,
@@ -85,6 +86,8 @@ class LayerMeasurement:
         for name in self._points:
             yield from computed_or_noted(VISUAL_TEXT, [name], partial(self._point, name))
         yield from computed_or_noted(EQUAL_COUNTS, [MMD2], self._equal_counts)
+        if self._keys.with_sinks is not None:
+            yield from computed_or_noted(WITH_SINKS, [MMD2], self._with_sinks)
         if self._keys.unrotated is not None:
             yield from computed_or_noted(POSITION_NULL, [MMD2], self._position_null)
         for other in self._keys.other_text:
@@ -159,6 +162,13 @@ class LayerMeasurement:
         sums = equal_counts_sums(self._clouds, self._keys.width2, self._seed)
         note = {"token_filter": f"equal counts in every cluster, mean of {N_DRAWS} draws"}
         return (row | note for row in kernel_rows(EQUAL_COUNTS, {MMD2: sums}, seed=self._seed))
+
+    def _with_sinks(self) -> Iterator[Row]:
+        assert self._keys.with_sinks is not None
+        (visual, clusters_visual), (text, clusters_text) = self._keys.with_sinks
+        sums = Clouds.of(visual, text, clusters_visual, clusters_text).sums(self._keys.width2)
+        note = {"token_filter": "attention sinks left in"}
+        return (row | note for row in kernel_rows(WITH_SINKS, {MMD2: sums}, seed=self._seed))
 
     def _position_null(self) -> Iterator[Row]:
         sums = position_null_sums(self._keys, self._seed)
