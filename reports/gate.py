@@ -202,8 +202,8 @@ def _paired(rule: MetricRule, base: TaskItems | None, run: TaskItems | None) -> 
         change = stats.oriented_change(base_side, run_side, direction, span=max(span, span_of_run))
     except InputError as error:
         return error.way_out
-    values = [float(num.sum() / den.sum()) for num, den in (base_side, run_side)]
-    return _Paired(label, unit, direction, *values, int(run_side[1].sum()), change)
+    value_of_base, value_of_run = (float(num.sum() / den.sum()) for num, den in (base_side, run_side))
+    return _Paired(label, unit, direction, value_of_base, value_of_run, int(run_side[1].sum()), change)
 
 
 def _judge(

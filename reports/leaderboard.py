@@ -183,8 +183,9 @@ def _rows(run: Run, task: str, names: Sequence[str], *, everything: bool) -> Ite
 def _entry(run: Run) -> tuple[tuple[str, ...], Entry]:
     record = run.record
     if record is None:
-        key = (str(run.config.get("model")), str(run.config.get("model_args")))
-        return key, Entry(model_name(run.loaded), "", "", "unknown")
+        return (str(run.config.get("model")), str(run.config.get("model_args"))), Entry(
+            model_name(run.loaded), "", "", "unknown"
+        )
     revision = f"@{one_line(record.revision)[:12]}" if record.revision else ""
     key = (record.pretrained, str(record.revision), str(record.adapter), str(record.adapter_sha256))
     return (*key, str(record.intervention)), Entry(
