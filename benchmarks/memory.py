@@ -22,6 +22,8 @@ from lmms_keyspace.capture import Capture
 from lmms_keyspace.families import decoder_sites
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+# glibc gives freed blocks back at once, so that resident memory is memory in use.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 def memory_bundled(device: torch.device, rounds: int) -> Measured:
@@ -39,7 +41,11 @@ def _measured(model: str, documents: int) -> Measured:
     plain, captured = (
         json.loads(
             subprocess.run(
-                [sys.executable, __file__, model, str(documents), *flags], check=True, capture_output=True, text=True
+                [sys.executable, __file__, model, str(documents), *flags],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | _ALLOCATOR,
             ).stdout
         )
         for flags in ([], ["--capture"])
@@ -105,7 +111,7 @@ def _side(model: str, documents: int, capture: bool) -> dict[str, object]:
     vectors = [made.keys("benchmark", layer=layer)[0] for layer in made.layers]
     return {
         "grown": grown,
-        "estimate": made.memory_estimate(documents, documents),
+        "estimate": made.memory_estimate(work.samplable(), selected=documents, documents=documents),
         "held": sum(layer.nbytes for layer in vectors) + sum(int(t.memory_usage(deep=True).sum()) for t in tables),
         "written": _written(tables),
         "others": {

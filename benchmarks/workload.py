@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,16 @@ class Workload:
             inputs = made(text=texts, images=pictures[chosen], padding=True, return_tensors="pt")
             self.batches.append((self.prompts[chosen], inputs.to(device, model.dtype)))
 
-    @torch.inference_mode()
     def warm_up(self) -> None:
-        """Answer the batch with the longest prompts, so that later ones find their working memory."""
-        self._answer(max((inputs for _, inputs in self.batches), key=lambda inputs: inputs["input_ids"].numel()))
+        """Capture the batch with the longest prompts: libraries are loaded then, and working memory is found again."""
+        longest = max(self.batches, key=lambda batch: batch[1]["input_ids"].numel())
+        self._capture([longest])
+
+    def samplable(self) -> int:
+        """Tokens that can be sampled, as the wrapper counts them before the run."""
+        decoder = decoder_sites(self.model)
+        labeler = Labeler(self.processor.tokenizer, decoder.image_token_id).fit(self.prompts)
+        return sum(labeler.samplable(prompt, 32) for prompt in self.prompts)
 
     def plain(self) -> Callable[[], None]:
         """Generation alone."""
@@ -124,7 +130,7 @@ class Workload:
 
     def captured(self) -> Callable[[], Capture]:
         """The same with every document captured: labels, sample, keys, attention and the tables."""
-        return self._capture
+        return lambda: self._capture(self.batches)
 
     def prefill(self) -> Callable[[], None]:
         """One forward pass over every batch."""
@@ -144,13 +150,13 @@ class Workload:
         self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
 
     @torch.inference_mode()
-    def _capture(self) -> Capture:
+    def _capture(self, batches: Sequence[tuple[Sequence[Prompt], Any]]) -> Capture:
         """Generate with every document captured, and make the tables."""
         decoder = decoder_sites(self.model)
         labeler = Labeler(self.processor.tokenizer, decoder.image_token_id).fit(self.prompts)
         sampler = Sampler(seed=0, clusters=len(self.prompts))
         capture = Capture(self.model, decoder)
-        for prompts, inputs in self.batches:
+        for prompts, inputs in batches:
             grids = decoder.image_grids(inputs)
             ids, own = inputs["input_ids"].cpu().numpy(), inputs["attention_mask"].cpu().numpy()
             rows = []

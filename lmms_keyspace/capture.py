@@ -23,9 +23,9 @@ from lmms_keyspace.last_query import LastQueries
 from lmms_keyspace.recording import CaptureError, Padded, Recording
 from lmms_keyspace.records import SPACES, TOKEN_COLUMNS
 
-# Bytes in the tables: 14 numbers, 6 references and two strings a token; 18 numbers and 6 references a layer.
-_TOKEN_BYTES = 250
-_ATTENTION_BYTES = 124
+# Bytes of tables, measured: of a row held, of a row while the table is made, and of an attention row before it is made.
+_TOKEN_BYTES, _TOKEN_PEAK = 315, 430
+_ATTENTION_BYTES, _ATTENTION_PEAK = 52, 450
 _SAME_TOKEN = ["task", "doc_id", "position"]
 
 
@@ -78,21 +78,24 @@ class Capture:
         """(task, doc_id) of every row that went through `batch`."""
         return set(self._tokens.documents)
 
-    def memory_estimate(self, selected: int, documents: int = 0, *, tokens: int = 32, reference: bool = False) -> int:
-        """Upper bound of the bytes held at the end of a run: vectors on the layers' devices, tables in host memory.
+    def memory_estimate(self, tokens: int, *, selected: int, documents: int, reference: bool = False) -> int:
+        """Bytes held at the peak, while the tables are made: vectors on the layers' devices, tables in host memory.
 
         Args:
+            tokens: tokens that are sampled, in all.
             selected: documents whose keys are captured.
             documents: documents whose attention is captured.
-            tokens: captured tokens per modality and document.
             reference: whether the base model's vectors are held too.
         """
-        heads = {"q": sum(site.n_heads * site.head_dim for site in self._sites)}
-        kv = sum(site.n_kv_heads * site.head_dim for site in self._sites)
-        width = sum(heads.get(space, kv) for space in self._spaces)
+        query = sum(site.n_heads * site.head_dim for site in self._sites)
+        key = sum(site.n_kv_heads * site.head_dim for site in self._sites)
+        width = sum(query if space == "q" else key for space in self._spaces)
         itemsize = torch.empty(0, dtype=self._decoder.model.dtype).element_size()
-        vectors = selected * 2 * tokens * (2 if reference else 1)
-        return vectors * (width * itemsize + _TOKEN_BYTES) + documents * len(self._sites) * _ATTENTION_BYTES
+        held = tokens * (2 if reference else 1)
+        rows = sum(documents + selected * site.n_kv_heads for site in self._sites)
+        making_tokens = held * _TOKEN_PEAK + rows * _ATTENTION_BYTES
+        making_attention = held * _TOKEN_BYTES + rows * _ATTENTION_PEAK
+        return held * width * itemsize + max(making_tokens, making_attention)
 
     @contextmanager
     def batch(self, rows: Sequence[Row]) -> Iterator[None]:

@@ -179,6 +179,18 @@ class Labeler:
         places = image_places(_name(prompt), input_ids.size, images, image_grids)
         return TokenLabels(modality, segment, *places)
 
+    def samplable(self, prompt: Prompt, tokens: int) -> int:
+        """How many tokens of a prompt can be sampled at `tokens` per modality, as far as its text tells: an image is
+        taken to have that many.
+
+        Args:
+            prompt: of a task that was fitted.
+        """
+        found = self._fitted[prompt.task].find(prompt) or self._fit_one(prompt)
+        shows = found.placeholders > 0
+        words = int(np.count_nonzero((found.modality == _CODE[TEXT]) & ~shows))
+        return min(words, tokens) + (tokens if shows.any() else 0)
+
     def _copied(self, ids: np.ndarray, tokens: _Tokens) -> tuple[np.ndarray, list[ImageRun]] | None:
         """As `_aligned` where the processor only repeated image tokens; None where it did more."""
         image = ids == self._image_token_id

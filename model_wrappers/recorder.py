@@ -114,16 +114,17 @@ class Recorder:
             return
         for name, note in self._labeler.notes.items():
             logger.warning(f"{name}: {note}")
-        selected = sum(task.rows_selected() for task in tasks.values())
+        limit = self.observed.arguments.capture_tokens
+        selected = [p for task in tasks.values() for p in task.prompts.values() if p.cluster in task.chosen]
         memory = capture.memory_estimate(
-            selected,
+            sum(self._labeler.samplable(prompt, limit) for prompt in selected),
+            selected=len(selected),
             documents=sum(len(task.prompts) for task in tasks.values()),
-            tokens=self.observed.arguments.capture_tokens,
             reference=self.observed.second_pass,
         )
         logger.info(
-            f"capture: {selected} documents of {len(tasks)} task(s), layers {capture.layers}, "
-            f"at most {memory / 1e6:.1f} MB on {self.observed.loaded.device}"
+            f"capture: {len(selected)} documents of {len(tasks)} task(s), layers {capture.layers}, "
+            f"about {memory / 1e6:.1f} MB on {self.observed.loaded.device}"
         )
 
     def receive(self, requests: Sequence[Request]) -> None:
