@@ -170,7 +170,48 @@ def js(rng: np.random.Generator, n: int) -> None:
             print(f"| width {width}, shift {shift:g} of one coordinate | {true_js(shift):.3f} | {cells} |", flush=True)
 
 
-TABLES = {table.__name__: table for table in (size, bias, coverage, paired, js)}
+def paired_js(rng: np.random.Generator, n: int) -> None:
+    """The change of the classifier's bound between two runs that differ by noise of one law."""
+    print("\n| change of the JS bound, 8 tokens an image, no change | rejected at 0.05 | interval excludes 0 |")
+    print("|---|---|---|")
+    for images in (24, 64):
+        rejected, excluded = [], []
+        simulations = n // 2
+        for k in chunks(simulations):
+            x, y, groups = clouds(rng, k, images, 8, shift=0.5)
+            losses = [
+                js_classifier.held_out(x + 0.5 * rng.normal(size=x.shape), y, groups_x=groups, groups_y=groups)
+                for _ in range(2)
+            ]
+            change = stats.paired_js_difference(*losses)
+            rejected.append(change.p <= 0.05)
+            excluded.append((change.low > 0) | (change.high < 0))
+        shares = (np.concatenate(v).mean() for v in (rejected, excluded))
+        print(f"| {images} images, {simulations} simulations | {' | '.join(f'{v:.3f}' for v in shares)} |", flush=True)
+
+
+def adjusted(rng: np.random.Generator, n: int) -> None:
+    """Any false alarm among 16 layers and heads, two runs that differ by noise of one law."""
+    tests = 16
+    print(f"\n| some p of {tests} at most 0.05, no change | as they are | adjusted by max-T | band excludes 0 |")
+    print("|---|---|---|---|")
+    for images in (24, 64):
+        alarms: list[list[bool]] = [[], [], []]
+        simulations = n // 2
+        for _ in range(simulations):
+            x, y, groups = clouds(rng, tests, images, 4, shift=1.0)
+            a, b = (sums_of(x + 0.3 * rng.normal(size=x.shape), y, groups) for _ in range(2))
+            change = stats.paired_mmd2_difference(a, b, n_resamples=999)
+            outside = (change.band_low > 0) | (change.band_high < 0)
+            for kept, alarm in zip(
+                alarms, (change.p.min() <= 0.05, change.p_adjusted.min() <= 0.05, outside.any()), strict=True
+            ):
+                kept.append(bool(alarm))
+        shares = " | ".join(f"{np.mean(v):.3f}" for v in alarms)
+        print(f"| {images} images, {simulations} simulations | {shares} |", flush=True)
+
+
+TABLES = {table.__name__: table for table in (size, bias, coverage, paired, js, paired_js, adjusted)}
 
 
 def main() -> None:
