@@ -126,6 +126,7 @@ def test_the_wrapped_benchmarks_run_on_a_local_copy(tmp_path):
     loaded = load_run(found)
     assert {task: len(samples) for task, samples in loaded.samples.items()} == dict(zip(tasks, (9, 5, 7), strict=True))
     assert set(loaded.samples[tasks[1]]["condition"]) == {"conflict"}
+    assert loaded.results["keyspace"]["not_interpretable"] == sorted(tasks)  # the bundled model reads no benchmark
 
 
 WITHOUT_PLUGIN = """
