@@ -21,7 +21,7 @@ class FewKeys:
         first = ~self._table.duplicated(["cluster", "modality"])
         self._table["sink"] = first & (self._table["modality"] == VISUAL)
         noise = torch.randn(len(rows), 2, 4, generator=torch.Generator().manual_seed(0))
-        self._keys = noise + 50 * torch.from_numpy(self._table["sink"].to_numpy())[:, None, None]
+        self._keys = noise + 50 * torch.from_numpy(self._table["sink"].to_numpy(copy=True))[:, None, None]
 
     def token_table(self) -> pd.DataFrame:
         return self._table
