@@ -256,6 +256,7 @@ class RunRecord(BaseModel):
     bandwidths: dict[str, dict[str, dict[int, list[float]]]]  # task -> space -> layer -> squared, per KV head
     tasks: dict[str, TaskRecord]
     complete: bool
+    files: dict[str, str] = {}  # the run's other files, named without the date -> sha256; put in when they are written
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,6 @@ def test_a_space_that_was_not_captured_is_named(runs, tmp_path):
 def test_a_run_without_capture_is_refused(runs, tmp_path):
     (files,) = find_runs(runs["bare"])
     (tmp_path / "20260101_000000_results.json").write_text("{}")
-    shutil.copy(files.keyspace, tmp_path / "note.txt")
+    shutil.copy(files.folder / f"{files.date}_keyspace.json", tmp_path / "note.txt")
     with pytest.raises(InputError, match="captured no keys"):
         analyze(tmp_path)

@@ -16,7 +16,14 @@ from lmms_keyspace.store import find_runs, load_run
 
 BIN = Path(sys.executable).parent
 # design.md's table of files, less the options table that needs option log-probabilities.
-SUFFIXES = ("keyspace.json", "gram.safetensors", "divergence.parquet", "attention.parquet", "tokens.parquet")
+SUFFIXES = (
+    "keyspace.json",
+    "gram.safetensors",
+    "losses.safetensors",
+    "divergence.parquet",
+    "attention.parquet",
+    "tokens.parquet",
+)
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:

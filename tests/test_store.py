@@ -125,7 +125,8 @@ def test_round_trip(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
 
     read = read_run(tmp_path, DATE)
-    assert read.record == data.record
+    assert read.record.model_copy(update={"files": {}}) == data.record
+    assert {f"{DATE}_{name}" for name in read.record.files} == {path.name for path in written[:-1]}
     assert set(read.gram) == set(data.gram)
     for key, sums in data.gram.items():
         back = read.gram[key]
@@ -216,7 +217,7 @@ def test_find_runs_in_any_folder_above_newest_last(tmp_path):
     ]
     assert [run.date for run in find_runs(tmp_path / "out" / "b")] == ["20260101_000000", "20260102_000000"]
     assert find_runs(runs[1].results) == [runs[1]]
-    assert [run.keyspace is None for run in runs] == [True, False, True]
+    assert [run.captured for run in runs] == [False, True, False]
     assert set(runs[0].samples) == {"some_task"}
 
 
@@ -278,6 +279,50 @@ def test_a_truncated_file_is_named(tmp_path, name):
     with pytest.raises(InputError, match="damaged") as error:
         load_run(find_runs(tmp_path)[0])
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["divergence.parquet", "attention.parquet", "options.parquet"])
+def test_a_table_of_another_run_is_refused(tmp_path, name):
+    """The format holds; the content is not what this run wrote."""
+    for date in (DATE, "20260102_000000"):
+        data = run_data()
+        tables = {key: getattr(data, key).iloc[:-1] for key in ("divergence", "attention", "options")}
+        write_run(tmp_path, date, data if date == DATE else replace(data, **tables))
+    (tmp_path / f"20260102_000000_{name}").replace(tmp_path / f"{DATE}_{name}")
+    with pytest.raises(InputError, match="not what the run wrote") as error:
+        read_run(tmp_path, DATE)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["gram", "losses", "keys"])
+def test_a_flipped_bit_is_found_when_the_arrays_are_read(tmp_path, name):
+    write_run(tmp_path, DATE, run_data())
+    (path,) = tmp_path.glob(f"{DATE}_{name}*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    arrays = getattr(read_run(tmp_path, DATE), name)
+    arrays = next(iter(arrays.values())) if name == "keys" else arrays
+    with pytest.raises(InputError, match="not what the run wrote"):
+        list(arrays.values())
+
+
+def test_a_run_that_died_while_it_was_written_is_no_run_without_keys(tmp_path):
+    write_harness_files(tmp_path)
+    write_run(tmp_path, DATE, run_data())
+    (tmp_path / f"{DATE}_keyspace.json").unlink()
+    with pytest.raises(InputError, match="incomplete"):
+        load_run(find_runs(tmp_path)[0])
+
+
+def test_a_record_names_no_file_outside(tmp_path):
+    write_run(tmp_path, DATE, run_data())
+    path = tmp_path / f"{DATE}_keyspace.json"
+    record = json.loads(path.read_text())
+    record["files"]["../outside"] = "0" * 64
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError, match="field files"):
+        read_run(tmp_path, DATE)
 
 
 def test_a_truncated_samples_line_is_named(tmp_path):

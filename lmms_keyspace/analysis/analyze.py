@@ -188,7 +188,7 @@ class _Job:
 
 def _captured(argument: str, path: Path) -> tuple[RunFiles, RunData]:
     files = find_runs(path)[-1]
-    if files.keyspace is None:
+    if not files.captured:
         raise InputError(argument, str(path), "this run captured no keys; run it with one of this package's models")
     return files, read_run(files.folder, files.date)
 

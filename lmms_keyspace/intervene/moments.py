@@ -93,7 +93,7 @@ def read_statistics(path: str, decoder: Decoder, pretrained: str) -> Statistics:
 def _one_run(path: str) -> RunData:
     if not Path(path).exists():
         raise InputError("intervene", path, f"no run lies there; {_HOW}")
-    runs = [files for files in find_runs(Path(path)) if files.keyspace is not None]
+    runs = [files for files in find_runs(Path(path)) if files.captured]
     if len(runs) != 1:
         dates = ", ".join(files.date for files in runs)
         way_out = f"it holds several runs ({dates}); give a folder with one" if runs else f"no run lies there; {_HOW}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -38,6 +39,14 @@ def write(path: Path, content: bytes) -> Path:
 def require(path: Path) -> None:
     if not path.is_file():
         raise InputError("file", str(path), "this run is incomplete, the file is missing: run it again")
+
+
+def check_digest(path: Path, sha256: str) -> None:
+    """A file that was exchanged, mixed up with another run's, or damaged where no format would notice."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise InputError("file", path.name, rerun("its content is not what the run wrote"))
 
 
 def check_version(path: Path, version: object) -> None:

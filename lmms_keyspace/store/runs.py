@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -14,9 +17,19 @@ import pandas as pd
 from pydantic import ValidationError
 
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.records import HeldOutLoss, KernelSums, RunData, RunRecord
-from lmms_keyspace.store.files import SURROGATE, check_version, encodable, read_json, require, rerun, with_prefix, write
-from lmms_keyspace.store.tables import empty_table, read_table, table_bytes
+from lmms_keyspace.records import HeldOutLoss, KernelSums, RunData, RunRecord, empty_table
+from lmms_keyspace.store.files import (
+    SURROGATE,
+    check_digest,
+    check_version,
+    encodable,
+    read_json,
+    require,
+    rerun,
+    with_prefix,
+    write,
+)
+from lmms_keyspace.store.tables import TABLES, read_table, table_bytes
 from lmms_keyspace.store.tensors import by_document_bytes, keys_bytes, read_by_document, read_keys
 
 # lmms-eval's date, e.g. 20261121_104102. Tasks write files called `<something>_results.json` too: those are not runs.
@@ -24,6 +37,8 @@ _RUN_FILE = re.compile(r"(?P<date>\d[\dT_.\-]*)_(results|keyspace)\.json")
 _SCORED = frozenset({"doc_id", "group_id", "condition", "outcome"})
 _NUMBERS = frozenset({int, float, bool})
 RUN_TABLES = ("divergence", "attention", "tokens")
+_GRAM, _LOSSES, _KEYS = "gram.safetensors", "losses.safetensors", "keys_"
+_ALWAYS = frozenset({_GRAM, _LOSSES, *(f"{name}.parquet" for name in RUN_TABLES)})
 
 
 @dataclass(frozen=True)
@@ -45,10 +60,9 @@ class RunFiles:
         return {path.stem.removeprefix(prefix): path for path in with_prefix(self.folder, prefix, ".jsonl")}
 
     @property
-    def keyspace(self) -> Path | None:
-        """`<date>_keyspace.json`, or None for a run of a model that captures nothing."""
-        path = self.folder / f"{self.date}_keyspace.json"
-        return path if path.is_file() else None
+    def captured(self) -> bool:
+        """Whether the plugin wrote files: all, or after a crash some; not for a model that captures nothing."""
+        return any((self.folder / f"{self.date}_{name}").is_file() for name in ("keyspace.json", _GRAM))
 
 
 @dataclass(frozen=True)
@@ -68,47 +82,50 @@ def write_run(folder: Path, date: str, data: RunData) -> list[Path]:
     column, or when kernel sums of one task and condition disagree about their clusters; nothing is written then.
     """
     contents = {
-        "gram.safetensors": by_document_bytes(data.gram),
-        "losses.safetensors": by_document_bytes(data.losses),
+        _GRAM: by_document_bytes(data.gram),
+        _LOSSES: by_document_bytes(data.losses),
         **{f"{name}.parquet": table_bytes(name, frame) for name, frame in _frames(data).items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    written = [write(folder / f"{date}_{name}", content) for name, content in contents.items()]
-    written += [write(_keys_path(folder, date, task), keys_bytes(arrays)) for task, arrays in data.keys.items()]
-    record = data.record.model_dump_json(indent=2).encode()
-    written.append(write(folder / f"{date}_keyspace.json", record))
+    written: list[Path] = []
+    digests: dict[str, str] = {}
+    keys = ((_keys_name(task), keys_bytes(arrays)) for task, arrays in data.keys.items())  # one in memory at a time
+    for name, content in chain(contents.items(), keys):
+        written.append(write(folder / f"{date}_{name}", content))
+        digests[name] = hashlib.sha256(content).hexdigest()
+    record = data.record.model_copy(update={"files": digests})
+    written.append(write(folder / f"{date}_keyspace.json", record.model_dump_json(indent=2).encode()))
     return written
 
 
 def read_run(folder: Path, date: str, *, tables: Collection[str] = RUN_TABLES) -> RunData:
     """Read what `write_run` wrote. Raises InputError for an incomplete run, a newer schema or a corrupt file.
 
-    `gram` and the arrays of `keys` are read from disk when accessed. Only the named `tables` are read; the others are
+    Every file is checked against the sha256 that the run recorded. `gram`, `losses` and the arrays of `keys` are read
+    from disk when accessed, and checked then. Only the named `tables` are read; the others are
     empty, which saves most of the time where many runs are read for little of each.
     """
     record = _read_record(folder / f"{date}_keyspace.json")
-    frames = {
-        name: read_table(folder / f"{date}_{name}.parquet", name) if name in tables else empty_table(name)
-        for name in RUN_TABLES
-    }
-    options_path = folder / f"{date}_options.parquet"
-    options = read_table(options_path, "options") if options_path.exists() else None
-    tokens = frames["tokens"]
-    for task in tokens.loc[tokens["keys_row"] >= 0, "task"].unique():
-        require(_keys_path(folder, date, task))
-    prefix = f"{date}_keys_"
-    keys = {
-        unquote(path.stem.removeprefix(prefix)): read_keys(path) for path in with_prefix(folder, prefix, ".safetensors")
-    }
+    paths = {name: folder / f"{date}_{name}" for name in record.files}
+    for path in paths.values():
+        require(path)
+    checks = {name: partial(check_digest, path, record.files[name]) for name, path in paths.items()}
+
+    def table(name: str) -> pd.DataFrame:
+        frame = read_table(paths[f"{name}.parquet"], name)
+        checks[f"{name}.parquet"]()
+        return frame
+
+    frames = {name: table(name) if name in tables else empty_table(TABLES[name]) for name in RUN_TABLES}
     return RunData(
         record=record,
-        gram=read_by_document(folder / f"{date}_gram.safetensors", KernelSums),
-        losses=read_by_document(folder / f"{date}_losses.safetensors", HeldOutLoss),
+        gram=read_by_document(paths[_GRAM], KernelSums, checks[_GRAM]),
+        losses=read_by_document(paths[_LOSSES], HeldOutLoss, checks[_LOSSES]),
         divergence=frames["divergence"],
         attention=frames["attention"],
-        tokens=tokens,
-        keys=keys,
-        options=options,
+        tokens=frames["tokens"],
+        keys={_task_of(name): read_keys(paths[name], checks[name]) for name in paths if name.startswith(_KEYS)},
+        options=table("options") if "options.parquet" in paths else None,
     )
 
 
@@ -147,7 +164,7 @@ def load_run(files: RunFiles, *, scores_only: bool = False, tables: Collection[s
         files=files,
         results=results,
         samples={task: read_samples(path, scores_only=scores_only) for task, path in files.samples.items()},
-        data=read_run(files.folder, files.date, tables=tables) if files.keyspace else None,
+        data=read_run(files.folder, files.date, tables=tables) if files.captured else None,
     )
 
 
@@ -159,6 +176,7 @@ def read_samples(path: Path, *, scores_only: bool = False) -> pd.DataFrame:
 
     Raises InputError naming the file and the line when a line is not a JSON object.
     """
+    require(path)
     rows = []
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
@@ -191,11 +209,17 @@ def _read_record(path: Path) -> RunRecord:
         raise InputError("file", path.name, rerun(f"field {field}: {first['msg']}")) from error
     if not record.complete:
         raise InputError("run", str(path), "this run did not end (complete is false): run it again")
+    if not record.files.keys() >= _ALWAYS or any(Path(name).name != name for name in record.files):
+        raise InputError("file", path.name, rerun("field files: not what a run writes"))
     return record
 
 
-def _keys_path(folder: Path, date: str, task: str) -> Path:
-    return folder / f"{date}_keys_{quote(task, safe='')}.safetensors"
+def _keys_name(task: str) -> str:
+    return f"{_KEYS}{quote(task, safe='')}.safetensors"
+
+
+def _task_of(keys_name: str) -> str:
+    return unquote(keys_name.removeprefix(_KEYS).removesuffix(".safetensors"))
 
 
 def _short(text: str) -> str:

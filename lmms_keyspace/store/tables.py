@@ -49,11 +49,6 @@ def table_bytes(name: str, frame: pd.DataFrame) -> bytes:
     return content
 
 
-def empty_table(name: str) -> pd.DataFrame:
-    """A table of this kind without rows."""
-    return pd.DataFrame(columns=list(TABLES[name]))
-
-
 def read_table(path: Path, name: str) -> pd.DataFrame:
     require(path)
     try:

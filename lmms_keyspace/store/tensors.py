@@ -23,13 +23,18 @@ ByDocument = TypeVar("ByDocument", KernelSums, HeldOutLoss)
 
 
 class _OnAccess(Mapping[K, V], Generic[K, V]):
-    """A mapping whose values are read from disk each time they are asked for."""
+    """A mapping whose values are read from disk each time they are asked for; `check` runs before the first."""
 
-    def __init__(self, loaders: Mapping[K, Callable[[], V]]) -> None:
+    def __init__(self, loaders: Mapping[K, Callable[[], V]], check: Callable[[], None] | None = None) -> None:
         self._loaders = loaders
+        self._check = check
 
     def __getitem__(self, key: K) -> V:
-        return self._loaders[key]()
+        loader = self._loaders[key]
+        if self._check is not None:
+            self._check()
+            self._check = None
+        return loader()
 
     def __iter__(self) -> Iterator[K]:
         return iter(self._loaders)
@@ -60,8 +65,10 @@ def by_document_bytes(entries: Mapping[GramKey, KernelSums] | Mapping[GramKey, H
     return safetensors_bytes(tensors, {**_metadata(), "clusters": json.dumps(clusters)})
 
 
-def read_by_document(path: Path, kind: type[ByDocument]) -> Mapping[GramKey, ByDocument]:
-    """What `by_document_bytes` wrote, float64, each entry read when it is asked for."""
+def read_by_document(
+    path: Path, kind: type[ByDocument], check: Callable[[], None] | None = None
+) -> Mapping[GramKey, ByDocument]:
+    """What `by_document_bytes` wrote, float64, each entry read when it is asked for; `check` runs before the first."""
     names, metadata = _open_safetensors(path)
     if "clusters" not in metadata:
         raise InputError("file", path.name, rerun("no cluster names in its header"))
@@ -76,7 +83,7 @@ def read_by_document(path: Path, kind: type[ByDocument]) -> Mapping[GramKey, ByD
         key = GramKey(unquote(task), unquote(condition), unquote(space), int(layer), unquote(scale), unquote(contrast))
         group = f"{task}/{condition}/{contrast}"
         loaders[key] = partial(_load_entry, path, kind, entry, group, tuple(clusters[group]))
-    return _OnAccess(loaders)
+    return _OnAccess(loaders, check)
 
 
 def _load_entry(path: Path, kind: type[ByDocument], entry: str, group: str, clusters: tuple[str, ...]) -> ByDocument:
@@ -94,9 +101,10 @@ def keys_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
     return safetensors_bytes(tensors, _metadata())
 
 
-def read_keys(path: Path) -> Mapping[str, np.ndarray]:
+def read_keys(path: Path, check: Callable[[], None]) -> Mapping[str, np.ndarray]:
+    """What `keys_bytes` wrote, each array read when it is asked for; `check` runs before the first."""
     names, _ = _open_safetensors(path)
-    return _OnAccess({name: partial(_load_array, path, name) for name in names})
+    return _OnAccess({name: partial(_load_array, path, name) for name in names}, check)
 
 
 def _load_array(path: Path, name: str) -> np.ndarray:

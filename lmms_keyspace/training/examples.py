@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.training.config import DataSettings
@@ -51,13 +52,23 @@ def read_examples(data: DataSettings) -> Sequence[Example]:
     rows = _file_rows(data.path) if data.path is not None else _dataset_rows(data)
     folder = data.image_folder or (data.path.parent if data.path is not None else Path())
     examples = [_example(name, row, data, folder) for name, row in rows]
-    with ThreadPoolExecutor() as pool:
+    with _whole_images_only(), ThreadPoolExecutor() as pool:
         reasons = list(pool.map(_why_not, examples))
     if data.bad_images == "error":
         for example, reason in zip(examples, reasons, strict=True):
             if reason:
                 raise InputError(example.name, reason, "mend the row, or leave such rows out with bad_images: skip.")
     return [example for example, reason in zip(examples, reasons, strict=True) if reason is None]
+
+
+@contextmanager
+def _whole_images_only() -> Iterator[None]:
+    """Pillow fills up truncated images once any package asked for that; lmms-eval does."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _why_not(example: Example) -> str | None:

@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 from models import family_model, family_processor, placeholder
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers import AutoProcessor
 
 from lmms_keyspace import embedded, scenes
@@ -77,7 +77,10 @@ def test_columns_of_json_lines_and_of_a_data_set(folder: Path) -> None:
     assert loaded.images[0]().size == (scenes.CANVAS, scenes.CANVAS)
 
 
-def test_an_image_that_does_not_open_is_named_and_skipped_only_when_asked(folder: Path) -> None:
+def test_an_image_that_does_not_open_is_named_and_skipped_only_when_asked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as it is once lmms-eval was imported
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:60])
     rows = [LLAVA, LLAVA | {"image": "broken.png"}, LLAVA | {"image": "absent.png"}]
     (folder / "rows.json").write_text(json.dumps(rows))
