@@ -183,13 +183,17 @@ def hand_over(data: RunData, keys_dir: Path | None, *, rank: int = 0, hole: Inpu
     """Take a run from a wrapper, to be saved with lmms-eval's results or at once under `keys_dir`.
 
     Args:
-        data: the run, or what a process captured of one that died; its record's date is replaced by lmms-eval's.
+        data: the run, or what a process captured of one that died; its record's date is replaced by lmms-eval's, or now
+            where the evaluation did not go through our hook.
         keys_dir: folder named by the user; the files are written there now, whatever lmms-eval does later.
         rank: of the process; part of the files' names when it is not 0.
         hole: an error to raise when lmms-eval's results are saved.
     """
+    from lmms_eval.utils import get_datetime_str
+
+    date = get_datetime_str().replace(":", "-") if _current is None else _current.date
+    data = _dated(data, f"{date}_rank{rank}" if rank else date)
     if _current is not None:
-        data = _dated(data, f"{_current.date}_rank{rank}" if rank else _current.date)
         _current.data = data
         _current.hole = hole
     if keys_dir is not None:

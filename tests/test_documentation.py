@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lmms_eval.models
+import numpy as np
+import pandas as pd
 import pytest
 import typer
 import yaml
@@ -24,18 +26,26 @@ from torch.distributed.run import get_args_parser
 
 from lmms_keyspace.cli import app
 from lmms_keyspace.harness import MODEL_CLASSES
+from lmms_keyspace.key_source import SavedKeys
 from lmms_keyspace.model_wrappers import arguments
 from lmms_keyspace.reports.policy import load_policy
-from lmms_keyspace.store import find_runs, load_run
+from lmms_keyspace.store import LoadedRun, find_runs, load_run, read_run
 from lmms_keyspace.training.config import read_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OFFLINE = "(offline)"  # ends the headings of the tutorial whose commands are run
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"\n]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # After a prompt, the scheduler's own word, or variables.
-_COMMAND = re.compile(r"(?:\$ |srun |[A-Z_]+=\S* )*((?:lmms-eval|lmms-keyspace|accelerate launch|torchrun) .*)")
+_COMMAND = re.compile(r"(?:\$ |srun |[A-Z_]+=\S* )*((?:lmms-eval|lmms-keyspace|accelerate launch|torchrun|python) .*)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+class Block(NamedTuple):
+    heading: str
+    language: str
+    file: str  # the block's title, else empty
+    text: str
 
 
 class Command(NamedTuple):
@@ -47,25 +57,27 @@ class Command(NamedTuple):
         return f"{self.page}: {shlex.join(self.arguments)}"
 
 
-def blocks(page: Path) -> Iterator[tuple[str, str, str]]:
-    """Heading, language and text of every fenced block."""
+def blocks(page: Path) -> Iterator[Block]:
+    """Every fenced block of a page."""
     text = page.read_text(encoding="utf-8")
-    headings = [(match.start(), match[1]) for match in re.finditer(r"^#+ (.*)$", text, re.MULTILINE)]
+    headings = [(match.start(), match[1]) for match in re.finditer(r"^##? (.*)$", text, re.MULTILINE)]
     for fence in _FENCE.finditer(text):
         heading = max((place, title) for place, title in headings if place < fence.start())[1]
-        yield heading, fence[1], fence[2]
+        yield Block(heading, fence[1], fence[2] or "", fence[3])
 
 
 def commands(page: Path) -> Iterator[Command]:
     """The commands of our programs in a page's fenced blocks."""
-    for heading, _, text in blocks(page):
-        for line in text.replace("\\\n", " ").splitlines():
+    for block in blocks(page):
+        for line in block.text.replace("\\\n", " ").splitlines():
             if match := _COMMAND.match(line):
-                yield Command(page.name, heading, shlex.split(match[1], comments=True))
+                yield Command(page.name, block.heading, shlex.split(match[1], comments=True))
 
 
 ALL = [command for page in PAGES for command in commands(page)]
-TO_RUN = [command for command in ALL if command.page == "tutorial.md" and command.heading.endswith(OFFLINE)]
+TUTORIAL = [command for command in ALL if command.page == "tutorial.md" and command.heading.endswith(OFFLINE)]
+EXTENDING = [command for command in ALL if command.page == "extending.md"]
+PARSED = [command for command in ALL if command.arguments[0] != "python"]
 
 # A few documents and steps do: what is tested is that the command works as written.
 SHORTER = {
@@ -76,7 +88,7 @@ EXITS = {"gate": 2}  # inconclusive on so few groups, as the page says
 
 # Runs every command given, in one process, by the function that the installed script calls, and without a network.
 DRIVER = """
-import importlib.metadata, json, socket, sys
+import importlib.metadata, json, runpy, socket, sys
 
 def refused(*args, **kwargs):
     raise OSError("no network here")
@@ -86,20 +98,35 @@ scripts = {script.name: script for script in importlib.metadata.entry_points(gro
 exits = []
 for sys.argv in json.load(open("commands.json")):
     try:
-        exits.append(scripts[sys.argv[0]].load()() or 0)
+        if sys.argv[0] == "python":
+            del sys.argv[0]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            exits.append(0)
+        else:
+            exits.append(scripts[sys.argv[0]].load()() or 0)
     except SystemExit as end:
         exits.append(end.code or 0)
 json.dump(exits, open("exits.json", "w"))
 """
 
 
-def test_the_offline_part_of_the_tutorial_runs(tmp_path):
-    assert {command.heading.split(".")[0] for command in TO_RUN} == {"1", "4", "5"}
-    given = [words + SHORTER.get(words[0], SHORTER.get(words[1], [])) for _, _, words in TO_RUN]
-    (tmp_path / "commands.json").write_text(json.dumps(given))
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> tuple[Path, str]:
+    """The folder in which the tutorial's offline commands and those of the page on extending were run, and the output.
+
+    One start of Python serves both.
+    """
+    folder = tmp_path_factory.mktemp("documentation")
+    for block in blocks(ROOT / "docs" / "extending.md"):
+        if block.file:
+            (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / block.file).write_text(block.text, encoding="utf-8")
+    given = [words + SHORTER.get(words[0], SHORTER.get(words[1], [])) for _, _, words in TUTORIAL]
+    given += [command.arguments for command in EXTENDING]
+    (folder / "commands.json").write_text(json.dumps(given))
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -107,22 +134,81 @@ def test_the_offline_part_of_the_tutorial_runs(tmp_path):
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
-    assert json.loads((tmp_path / "exits.json").read_text()) == [EXITS.get(words[1], 0) for words in given], said
-    for words in given:  # lmms-eval exits 0 on failure
-        if words[0] == "lmms-eval":
-            (run,) = find_runs(tmp_path / words[words.index("--output_path") + 1])
-            assert load_run(run).samples, words  # raises for a run that did not end
-    assert (tmp_path / "runs" / "report" / "report.html").is_file()
-    assert (tmp_path / "runs" / "adapter" / "adapter_model.safetensors").is_file()
+    exits = json.loads((folder / "exits.json").read_text())
+    assert exits == [EXITS.get(words[1], 0) for words in given], said
+    return folder, done.stdout
+
+
+def run_in(folder: Path) -> LoadedRun:
+    """The one run there, read whole; lmms-eval exits 0 on failure, so the files are what counts."""
+    (files,) = find_runs(folder)
+    return load_run(files)
+
+
+def test_the_offline_part_of_the_tutorial_runs(ran):
+    folder, _ = ran
+    assert {command.heading.split(".")[0] for command in TUTORIAL} == {"1", "4", "5"}
+    for name in ("base", "malora", "trained"):
+        assert len(run_in(folder / "runs" / name).samples["textbias_probe_quick"]) == 12
+    assert (folder / "runs" / "report" / "report.html").is_file()
+    assert (folder / "runs" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_each_extension_is_under_40_lines():
+    for heading in ("A new probe", "A new estimator", "A new architecture"):
+        files = [one for one in blocks(ROOT / "docs" / "extending.md") if one.heading == heading and one.file]
+        code = [line for one in files if one.language != "json" for line in one.text.splitlines() if line.strip()]
+        assert 10 < len(code) < 40, heading
+
+
+def test_the_new_probe_is_captured_by_condition_and_reported(ran):
+    folder, _ = ran
+    run = run_in(folder / "runs" / "disk")
+    assert set(run.data.divergence["condition"]) == {"clean", "conflict"}
+    hint = run.data.attention.groupby("condition")["mass_hint"]
+    assert hint.max()["clean"] == 0 < hint.min()["conflict"]
+    assert run.samples["disk"]["group_id"].nunique() == 8
+    table = pd.read_csv(folder / "runs" / "disk_report" / "tables" / "comparison.csv")
+    assert "text_flip_rate" in set(table["metric"])
+
+
+def test_the_new_estimator_prints_its_values(ran):
+    folder, output = ran
+    source = SavedKeys(run_in(folder / "runs" / "disk").data)
+    lines = [line.split() for line in output.splitlines() if line.startswith("frechet_diagonal")]
+    assert [int(line[1]) for line in lines] == source.layers
+    for _, layer, *values in lines:
+        visual, text = (
+            source.keys("disk", "clean", "k_pre", int(layer), modality)[0].numpy() for modality in ("visual", "text")
+        )
+        means, spreads = (np.square(f(visual) - f(text)).sum(1) for f in (mean_of_tokens, spread_of_tokens))
+        np.testing.assert_allclose(np.array(values, dtype=float), means + spreads, rtol=1e-4)
+
+
+def mean_of_tokens(keys: np.ndarray) -> np.ndarray:
+    return keys.mean(axis=0, dtype=np.float64)
+
+
+def spread_of_tokens(keys: np.ndarray) -> np.ndarray:
+    return keys.std(axis=0, ddof=1, dtype=np.float64)
+
+
+def test_the_new_architecture_is_known_and_passes_the_self_check(ran):
+    folder, output = ran
+    assert "without an entry: unknown\nwith an entry: mlp\n" in output
+    (files,) = find_runs(folder / "runs" / "vipllava")
+    data = read_run(files.folder, files.date)  # raises for a run that did not end
+    assert data.record.architecture == "vipllava"
+    assert set(data.divergence["connector"]) == {"mlp"}
 
 
 @pytest.fixture(scope="module")
 def task_names() -> set[str]:
     assert lmms_eval.models.list_available_models()  # loads the plugins, which bring their tasks
-    return set(TaskManager().all_tasks)
+    return {*TaskManager().all_tasks, "disk"}  # the page on extending makes that one
 
 
-@pytest.mark.parametrize("command", ALL, ids=str)
+@pytest.mark.parametrize("command", PARSED, ids=str)
 def test_a_command_is_accepted_by_its_program(command, task_names, monkeypatch):
     program, *given = command.arguments
     module = ""
@@ -170,7 +256,7 @@ def check_evaluation(given: list[str], task_names: set[str], monkeypatch: pytest
     ("gate.md", "toml", lambda path: load_policy(path).name),
 ])  # fmt: skip
 def test_an_example_file_is_accepted_by_its_loader(page, language, read, tmp_path):
-    (text,) = (text for _, kind, text in blocks(ROOT / "docs" / page) if kind == language)
+    (text,) = (block.text for block in blocks(ROOT / "docs" / page) if block.language == language)
     path = tmp_path / f"example.{language}"
     path.write_text(text, encoding="utf-8")
     assert read(path)
