@@ -18,6 +18,7 @@ from lmms_keyspace.reports.keyspace import attention_rows, js_rows, mmd2_rows
 from lmms_keyspace.reports.load import Runs
 from lmms_keyspace.reports.rows import Row
 from lmms_keyspace.reports.text import LONGEST_SENTENCE, one_line
+from lmms_keyspace.reports.verdict import JUDGED
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Comparison:
 
 
 def compare(runs: Runs) -> Comparison:
-    """The paired table of loaded runs. p values are adjusted by Holm over the whole table."""
+    """The paired table of loaded runs. p values are adjusted by Holm, over the metrics of the verdict
+    and over all others apart."""
     rows = [
         row
         for task in runs.tasks
@@ -56,7 +58,10 @@ def compare(runs: Runs) -> Comparison:
         for row in rows_of(task, [run for run in runs.runs if task in run.tasks])
     ]
     table = pd.DataFrame([asdict(row) for row in rows], columns=list(Row.__dataclass_fields__))
-    table["p_adjusted"] = stats.holm(table["p"].to_numpy(dtype=float))
+    table["p_adjusted"] = float("nan")
+    judged = table["metric"].isin(JUDGED)
+    for family in (judged, ~judged):
+        table.loc[family, "p_adjusted"] = stats.holm(table.loc[family, "p"].to_numpy(dtype=float))
     looks = [attention_when_misled(runs.runs, task).assign(task=task) for task in runs.tasks]
     looked = pd.concat(
         [frame for frame in looks if len(frame) and "run" in frame] or [pd.DataFrame()], ignore_index=True

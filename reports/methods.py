@@ -8,8 +8,8 @@ METHODS = (
     "Accuracy and flip rates: Wilson 95 % intervals; differences of rates within a run: matched pairs (Agresti and "
     "Min, 2005). A group is one scene and question under all conditions.",
     "Changes between runs are paired by group: percentile interval of the cluster bootstrap, p of the cluster "
-    "sign-flip permutation; adjusted by Holm over all tests of the comparison. Where no group differs, the interval is "
-    "the exact binomial bound on how often one could.",
+    "sign-flip permutation; adjusted by Holm, over the metrics of the verdict (of all runs) and over all others apart. "
+    "Where no group differs, the interval is the exact binomial bound on how often one could.",
     "Minimum detectable effect: the change that a two-sided test at 5 % finds with 80 % probability.",
     "MMD²: cluster U-statistic with five Gaussian bandwidths around the median distance of the base model, pairs of "
     "tokens from one document left out; delete-one-cluster jackknife intervals, paired between runs (Gretton et al., "

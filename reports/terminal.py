@@ -14,7 +14,8 @@ from lmms_keyspace.reports.wording import printed, printed_looks
 _LOOKED = "Where it looked under misleading text (% of attention), by what it answered; a description, not a test"
 _LEGEND = (
     "Change: this run minus the base, on the groups both have, in the unit of the row (% rows: points). "
-    "Detectable: the change that would be found with 80 % probability. p: paired, adjusted by Holm over the table."
+    "Detectable: the change that would be found with 80 % probability. p: paired, adjusted by Holm, over the metrics "
+    "of the verdict and over the others apart."
 )
 
 

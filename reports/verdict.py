@@ -14,6 +14,7 @@ ALPHA = 0.05
 RELIANCE = ("text_flip_rate", "conflict_acc", "vis_gain")
 DIVERGENCE = ("mmd2", "js")
 HARM = ("clean_acc",)
+JUDGED = (*DIVERGENCE, *RELIANCE, *HARM)  # their tests are one family, chosen before any result
 
 FELL, ROSE, IMPROVED, WORSENED, MIXED = "fell", "rose", "improved", "worsened", "mixed"
 UNCHANGED = "no change detected"

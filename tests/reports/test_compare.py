@@ -14,6 +14,7 @@ import pytest
 from fake_runs import BASE, LORA, MALORA, TASK
 from rich.console import Console
 
+from lmms_keyspace import stats
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.reports import compare, load_runs, render_comparison
 from lmms_keyspace.reports.wording import number, p_value, printed, printed_looks
@@ -294,3 +295,11 @@ def test_importing_the_reports_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_p_is_adjusted_over_the_metrics_of_the_verdict_and_over_the_others_apart(comparison):
+    table = comparison.table
+    judged = table["metric"].isin({"mmd2", "js", "text_flip_rate", "conflict_acc", "vis_gain", "clean_acc"})
+    assert 0 < judged.sum() < len(table)
+    for family in (table[judged], table[~judged]):
+        assert family["p_adjusted"].tolist() == pytest.approx(stats.holm(family["p"]).tolist(), nan_ok=True)
