@@ -16,6 +16,9 @@ from lmms_keyspace.divergence.mmd import mmd_biased
 
 # Extra directions of the randomized decomposition, which make the ones that are kept exact enough.
 _OVERSAMPLING, _ITERATIONS = 10, 4
+# A component whose spread is less than this share of the first one's is rounding error. (A picture of one color gives
+# many equal keys, so there are such components, and their histograms would look like any other.)
+_ROUNDING = 1e-5
 
 
 class PaperEstimate(NamedTuple):
@@ -54,7 +57,7 @@ class PaperProtocol:
     reproduces the paper's numbers.
 
     Attributes:
-        components: principal components that are kept; all where the keys have fewer.
+        components: principal components that are kept; all that are more than rounding error where the keys have fewer.
         bins: bins of each component's histogram.
         tokens: tokens a side that are compared, drawn without replacement; fewer where a side has fewer.
     """
@@ -62,7 +65,7 @@ class PaperProtocol:
     components: int = 50
     bins: int = 30
     tokens: int = 1000
-    version: str = "1"
+    version: str = "2"
 
     def __call__(self, x: Cloud, y: Cloud, *, seed: int = 0) -> PaperEstimate:
         """Both estimates of one layer.
@@ -89,10 +92,11 @@ class PaperProtocol:
             _, singular, axes = torch.svd_lowrank(
                 pooled, q=min(self.components + _OVERSAMPLING, rank), niter=_ITERATIONS
             )
-        scores = pooled @ axes[:, : self.components]
+        kept = min(self.components, max(1, int((singular > _ROUNDING * singular[0]).sum())))
+        scores = pooled @ axes[:, :kept]
         variance = (pooled * pooled).sum().clamp(min=torch.finfo(pooled.dtype).tiny)
-        kept = float((singular[: self.components] ** 2).sum() / variance)
-        return Projected(scores[: len(x)], scores[len(x) :], kept)
+        explained = float((singular[:kept] ** 2).sum() / variance)
+        return Projected(scores[: len(x)], scores[len(x) :], explained)
 
     def compare(self, x: Tensor, y: Tensor, *, seed: int = 0) -> PaperEstimate:
         """Both estimates of projected keys, for instance of halves of one modality.

@@ -85,3 +85,13 @@ def test_bad_input_is_named(broken):
 def test_constant_keys_are_refused():
     with pytest.raises(InputError, match="constant"):
         paper_protocol(np.ones((300, 8)), np.ones((200, 8)))
+
+
+def test_rounding_errors_of_few_distinct_keys_do_not_matter():
+    """A picture of one color: many equal keys, up to how the batch was cut."""
+    rng = np.random.default_rng(0)
+    distinct = rng.normal(size=(20, 64)).astype(np.float32)
+    x, y = distinct[rng.integers(0, 12, 80)], distinct[rng.integers(8, 20, 60)]
+    noisy = [cloud + 1e-6 * rng.normal(size=cloud.shape).astype(np.float32) for cloud in (x, y)]
+    assert paper_protocol(*noisy).js == pytest.approx(paper_protocol(x, y).js, abs=1e-4)
+    assert paper_protocol.project(x, y).x.shape[1] < 20
