@@ -36,8 +36,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OFFLINE = "(offline)"  # ends the headings of the tutorial whose commands are run
 _FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"\n]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# After a prompt, the scheduler's own word, or variables.
-_COMMAND = re.compile(r"(?:\$ |srun |[A-Z_]+=\S* )*((?:lmms-eval|lmms-keyspace|accelerate launch|torchrun|python) .*)")
+# After the scheduler's own word, or variables.
+_COMMAND = re.compile(r"(?:srun |[A-Z_]+=\S* )*((?:lmms-eval|lmms-keyspace|accelerate launch|torchrun|python) .*)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
