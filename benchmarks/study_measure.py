@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from lmms_keyspace import scenes
-from lmms_keyspace.capture import Capture
-from lmms_keyspace.captured import Row
+from lmms_keyspace.capture import Capture, Row
 from lmms_keyspace.divergence import js_classifier, median_bandwidth2, mmd2, mmd2_laplace
 from lmms_keyspace.embedded import data
 from lmms_keyspace.families import decoder_sites

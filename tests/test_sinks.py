@@ -9,8 +9,8 @@ from adapter_models import IMAGE
 from models import expanded, left_padded, tokenizer
 
 from lmms_keyspace.capture import Capture, Row
+from lmms_keyspace.capture.sinks import THRESHOLD, can_have_sinks, is_sink
 from lmms_keyspace.families import decoder_sites
-from lmms_keyspace.sinks import THRESHOLD, can_have_sinks, is_sink
 from lmms_keyspace.tokens import Labeler, Prompt
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import expanded, tokenizer
 
-from lmms_keyspace.boilerplate import BOILERPLATE_SHARE, MIN_CLUSTERS
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.tokens import Labeler, Prompt
+from lmms_keyspace.tokens.boilerplate import BOILERPLATE_SHARE, MIN_CLUSTERS
 
 TOKENIZER = tokenizer()
 

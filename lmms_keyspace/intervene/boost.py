@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmms_keyspace.attention import replaced_attention
+from lmms_keyspace.capture.attention import replaced_attention
+from lmms_keyspace.capture.last_query import last_query_bias, last_query_scores
 from lmms_keyspace.families import Decoder, KeySite
-from lmms_keyspace.last_query import last_query_bias, last_query_scores
 from lmms_keyspace.malora import ModalityMask
 
 FIRST_LAYER = 2  # PAI's own commands boost layers 2 to 31 of LLaVA-1.5-7B

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmms_keyspace.boilerplate import MIN_CLUSTERS, TEXT_SEGMENTS, EncodedPrompts, Fixed, find_fixed, mark_fixed
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.image_tokens import ImageRun, common, gaps, image_places, image_runs, run_starts
 from lmms_keyspace.records import BOILERPLATE, BOS, MODALITIES, SEGMENTS, SPECIAL, TEXT, VISUAL
+from lmms_keyspace.tokens.boilerplate import MIN_CLUSTERS, TEXT_SEGMENTS, EncodedPrompts, Fixed, find_fixed, mark_fixed
+from lmms_keyspace.tokens.image_tokens import ImageRun, common, gaps, image_places, image_runs, run_starts
 
 _DEFAULT_SEGMENT = "question"
 _CODE = {name: code for code, name in enumerate(MODALITIES)}

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from lmms_keyspace.attention import observed_attention
+from lmms_keyspace.capture.attention import observed_attention
+from lmms_keyspace.capture.last_query import LastQueries
+from lmms_keyspace.capture.sinks import can_have_sinks, is_sink
 from lmms_keyspace.families import Decoder, KeySite
-from lmms_keyspace.last_query import LastQueries
 from lmms_keyspace.random_keys import projection_of, random_keys
-from lmms_keyspace.sinks import can_have_sinks, is_sink
 
 # Largest difference between a rotated key and the one that attention got, relative to the largest key entry.
 _ROPE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lmms_keyspace.capture.last_query import MEASURES
+from lmms_keyspace.capture.recording import CaptureError, Padded, Recording
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import KeySite
-from lmms_keyspace.last_query import MEASURES
-from lmms_keyspace.recording import CaptureError, Padded, Recording
 from lmms_keyspace.records import ALL_HEADS, ATTENTION_COLUMNS, MODALITIES, SEGMENTS, TEXT, TOKEN_COLUMNS, VISUAL
 from lmms_keyspace.sampling import hash64, mix64, mixed_positions
 from lmms_keyspace.tokens import Prompt, TokenLabels

@@ -15,12 +15,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lmms_keyspace.attention import check_implementation
-from lmms_keyspace.captured import AttentionStore, Gather, Row, TokenStore, attention_kinds
+from lmms_keyspace.capture.attention import check_implementation
+from lmms_keyspace.capture.captured import AttentionStore, Gather, Row, TokenStore, attention_kinds
+from lmms_keyspace.capture.last_query import LastQueries
+from lmms_keyspace.capture.recording import CaptureError, Padded, Recording
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import Decoder, KeySite, refuse_compiled
-from lmms_keyspace.last_query import LastQueries
-from lmms_keyspace.recording import CaptureError, Padded, Recording
 from lmms_keyspace.records import SPACES, TOKEN_COLUMNS
 
 # Bytes of tables, measured: of a row held, of a row while the table is made, and of an attention row before it is made.
