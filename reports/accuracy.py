@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lmms_keyspace import stats
-from lmms_keyspace.outcomes import METRICS, Metric, measure
+from lmms_keyspace.outcomes import METRICS, Groups, Metric, measure
 from lmms_keyspace.records import NOT_INTERPRETABLE
 from lmms_keyspace.reports.load import Run
 from lmms_keyspace.reports.rows import N_RESAMPLES, SCORE, SHARE, Row, change, extended, interval, noted, paired_series
@@ -40,22 +40,24 @@ COMPARED = (
 def probe_rows(task: str, runs: Sequence[Run], names: Sequence[str] = COMPARED) -> Iterator[Row]:
     """The named metrics of a probe, as far as the outcomes allow."""
     for metric in (METRICS[name] for name in names):
-        base: pd.DataFrame | None = None
+        base: Groups | None = None
         for run in runs:
-            if task not in run.probes or (own := measure(metric, run.probes[task].outcomes)) is None:
+            groups = run.probes.get(task)
+            if groups is None or (own := measure(metric, groups.outcomes, groups.clusters)) is None:
                 continue
-            outcomes = run.probes[task].outcomes
             row = Row(
                 task, metric.name, metric.label, SHARE, metric.direction, run.label, own.n, own.value, own.low, own.high
             )
-            yield row if base is None else extended(row, _paired_outcomes, metric, base, outcomes)
-            base = outcomes if base is None else base
+            yield row if base is None else extended(row, _paired_outcomes, metric, base, groups)
+            base = groups if base is None else base
 
 
-def _paired_outcomes(metric: Metric, base: pd.DataFrame, run: pd.DataFrame) -> dict[str, Any]:
-    (num_a, den_a), (num_b, den_b) = metric.counts(base), metric.counts(run)
+def _paired_outcomes(metric: Metric, base: Groups, run: Groups) -> dict[str, Any]:
+    both = base.outcomes.index.intersection(run.outcomes.index)
+    (num_a, den_a), (num_b, den_b) = (metric.counts(side.outcomes.loc[both]) for side in (base, run))
+    clusters = base.clusters[both].tolist()
     result = stats.paired_cluster_difference(
-        num_a, num_b, list(base.index), list(run.index), weights_a=den_a, weights_b=den_b, n_resamples=N_RESAMPLES
+        num_a, num_b, clusters, weights_a=den_a, weights_b=den_b, n_resamples=N_RESAMPLES
     )
     found: dict[str, Any] = change(result)
     if result.value == 0 and math.isnan(result.mde):

@@ -88,7 +88,7 @@ def metrics_by_run(runs: Sequence[Run], task: str, names: Sequence[str]) -> pd.D
             for name in names
             for run in runs
             if task in run.probes
-            for row in _measured(METRICS[name], run, run.probes[task].outcomes)
+            for row in _measured(METRICS[name], run, task, run.probes[task].outcomes)
         ]
     )
 
@@ -103,12 +103,14 @@ def metrics_by_family(runs: Sequence[Run], task: str, names: Sequence[str]) -> p
         family_of = samples.assign(group_id=samples["group_id"].astype(str)).groupby("group_id")["family"].first()
         outcomes = run.probes[task].outcomes
         for family, members in outcomes.groupby(family_of.reindex(outcomes.index)):
-            rows += [{"family": str(family)} | row for name in names for row in _measured(METRICS[name], run, members)]
+            rows += [
+                {"family": str(family)} | row for name in names for row in _measured(METRICS[name], run, task, members)
+            ]
     return pd.DataFrame(rows)
 
 
-def _measured(metric: Metric, run: Run, outcomes: pd.DataFrame) -> list[dict[str, object]]:
-    found = measure(metric, outcomes)
+def _measured(metric: Metric, run: Run, task: str, outcomes: pd.DataFrame) -> list[dict[str, object]]:
+    found = measure(metric, outcomes, run.probes[task].clusters[outcomes.index])
     if found is None:
         return []
     limits = {"value": found.value, "ci_low": found.low, "ci_high": found.high, "n": found.n}

@@ -42,9 +42,9 @@ def summarize(rows: Iterable[Row | Mapping[str, Any]], probe: str = "textbias_pr
         [vars(row if isinstance(row, Row) else row_of(row)) for row in rows], columns=[f.name for f in fields(Row)]
     )
     found = outcomes.outcomes_by_group(frame)
-    groups, dropped = found.outcomes, found.dropped
+    groups, dropped, clusters = found.outcomes, found.dropped, found.clusters.tolist()
     if not set(kind.conditions) <= set(groups.columns):  # too short for a single whole group
-        groups, dropped = pd.DataFrame(columns=list(kind.conditions)), frame["group_id"].nunique()
+        groups, dropped, clusters = pd.DataFrame(columns=list(kind.conditions)), frame["group_id"].nunique(), []
     if dropped:
         logger.warning("%d incomplete group(s) left out of the metrics, %d kept", dropped, len(groups))
     first = frame.drop_duplicates("group_id").set_index("group_id").loc[groups.index]
@@ -59,7 +59,6 @@ def summarize(rows: Iterable[Row | Mapping[str, Any]], probe: str = "textbias_pr
         )
         for field in ("answer", "stock_correct")
     )
-    clusters = [str(first["cluster"][group] or group) for group in groups.index]  # a picture, else the group itself
     replies = Replies(groups, answers, stock, clusters)
 
     summary = {name: _metric(outcomes.measure(metric, groups, clusters)) for name, metric in kind.ratios.items()}

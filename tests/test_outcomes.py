@@ -240,3 +240,13 @@ def test_information_of_the_picture():
     assert measured["kl_blank"].low == 0
     assert o.information_by_group(nothing[nothing["condition"] == "clean"]).empty
     assert o.measure_information(by_group) == {}
+
+
+def test_groups_that_share_a_picture_are_one_cluster():
+    table = rows()
+    assert o.outcomes_by_group(table).clusters.tolist() == o.outcomes_by_group(table).outcomes.index.tolist()
+    groups = table["group_id"].unique()
+    shared = dict.fromkeys(groups[:2], "one picture") | dict.fromkeys(groups[2:3], "")
+    found = o.outcomes_by_group(table.assign(cluster=table["group_id"].map(shared))).clusters
+    assert found[groups[0]] == found[groups[1]] == "one picture"
+    assert all(found[group] == group for group in groups[2:])

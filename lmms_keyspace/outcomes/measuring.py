@@ -20,10 +20,14 @@ _Z95 = 1.959964  # half the width of a 95 % interval in standard errors
 
 
 class Groups(NamedTuple):
-    """Outcomes [groups x conditions] of the complete groups, and how many incomplete groups were dropped."""
+    """Outcomes [groups x conditions] of the complete groups, and how many incomplete groups were dropped.
+
+    `clusters` names, by group, what it shares with others (a picture), else the group itself.
+    """
 
     outcomes: pd.DataFrame
     dropped: int
+    clusters: pd.Series
 
 
 class Measured(NamedTuple):
@@ -64,7 +68,9 @@ def outcomes_by_group(rows: pd.DataFrame) -> Groups:
     """Pivot rows with `group_id`, `condition` and `outcome` to one row per group, sorted by group.
 
     A group that lacks one of the conditions present in the rows (an evaluation cut by `--limit`) is dropped and
-    counted. Raises InputError for an unknown outcome or for two rows of one group and condition.
+    counted. Where rows have a `cluster`, it names what groups share.
+
+    Raises InputError for an unknown outcome or for two rows of one group and condition.
     """
     unknown = sorted(set(rows["outcome"].map(str)) - set(OUTCOMES))
     if unknown:
@@ -79,7 +85,12 @@ def outcomes_by_group(rows: pd.DataFrame) -> Groups:
         index="group_id", columns="condition", values="outcome", aggfunc="first"
     )
     complete = wide.dropna().sort_index()
-    return Groups(complete, len(wide) - len(complete))
+    clusters = complete.index.to_series()
+    if "cluster" in rows:
+        shared = rows["cluster"].set_axis(keys["group_id"])
+        shared = shared[~shared.index.duplicated()].reindex(complete.index)
+        clusters = clusters.where(shared.isna() | (shared == ""), shared.astype(str))
+    return Groups(complete, len(wide) - len(complete), clusters)
 
 
 def measure(metric: Metric, outcomes: pd.DataFrame, clusters: Sequence[object] | None = None) -> Measured | None:

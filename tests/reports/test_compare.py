@@ -303,3 +303,17 @@ def test_p_is_adjusted_over_the_metrics_of_the_verdict_and_over_the_others_apart
     assert 0 < judged.sum() < len(table)
     for family in (table[judged], table[~judged]):
         assert family["p_adjusted"].tolist() == pytest.approx(stats.holm(family["p"]).tolist(), nan_ok=True)
+
+
+def test_groups_that_share_a_picture_are_drawn_together(tmp_path, comparison):
+    """Eight groups to a picture, whose answers agree: the same change on fewer clusters has a wider interval."""
+    folders = [fake_runs.write(run, tmp_path) for run in (BASE, LORA)]
+    for folder in folders:
+        (path,) = folder.glob("*_samples_*.jsonl")
+        samples = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.dumps(one | {"cluster": f"picture {int(one['group_id'][1:]) // 8}"}) for one in samples]
+        path.write_text("\n".join(lines) + "\n")
+    alone, shared = (row(one, "text_flip_rate", "lora") for one in (comparison, compare(load_runs(folders))))
+    assert shared.delta == pytest.approx(alone.delta)
+    assert shared.delta_high - shared.delta_low > 1.3 * (alone.delta_high - alone.delta_low)
+    assert shared.high - shared.low > alone.high - alone.low
