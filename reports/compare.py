@@ -95,6 +95,8 @@ def _warnings(runs: Runs) -> Iterator[str]:
             record = run.task_record(task)
             if record and not record.interpretable:
                 yield f"{run.label}: {task} is {NOT_INTERPRETABLE} for this model"
+            for names in record.same_prompts if record else ():
+                yield f"{run.label}: {task}: {' and '.join(names)} are one prompt for this model and differ in nothing"
             if task in run.probes:
                 groups = run.probes[task]
                 if groups.dropped:

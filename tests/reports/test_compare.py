@@ -317,3 +317,9 @@ def test_groups_that_share_a_picture_are_drawn_together(tmp_path, comparison):
     assert shared.delta == pytest.approx(alone.delta)
     assert shared.delta_high - shared.delta_low > 1.3 * (alone.delta_high - alone.delta_low)
     assert shared.high - shared.low > alone.high - alone.low
+
+
+def test_conditions_that_are_one_prompt_are_named(tmp_path):
+    runs = [replace(run, task_record={"same_prompts": [["after", "before"]]}) for run in (BASE, LORA)]
+    found = compare(load_runs([fake_runs.write(run, tmp_path) for run in runs]))
+    assert f"lora: {TASK}: after and before are one prompt for this model and differ in nothing" in found.warnings
