@@ -6,8 +6,7 @@ third on. PAI's second part, contrasting the logits with those of a prompt witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 from lmms_keyspace.capture.attention import replaced_attention
 from lmms_keyspace.capture.last_query import last_query_bias, last_query_scores
 from lmms_keyspace.families import Decoder, KeySite
-from lmms_keyspace.malora import ModalityMask
+
+from .change import Change
 
 FIRST_LAYER = 2  # PAI's own commands boost layers 2 to 31 of LLaVA-1.5-7B
 
 
-class VisualBoost:
+class VisualBoost(Change):
     """The boost in a model, from now on.
 
     Args:
@@ -30,14 +30,13 @@ class VisualBoost:
     """
 
     def __init__(self, decoder: Decoder, alpha: float) -> None:
+        super().__init__(decoder)
         self._alpha = alpha
-        self._on = True
         self._visual: dict[int, Tensor] = {}  # layer -> [batch, columns so far]
-        self._modality, self._handles = ModalityMask.attach(decoder.model)
         # After the mask's own hook: a call without a cache, or with an empty one, begins a new sequence.
-        self._handles.append(decoder.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        self._patched = ExitStack()
-        self._patched.enter_context(replaced_attention(decoder, self._attend))
+        handle = decoder.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+        self._installed.callback(handle.remove)
+        self._installed.enter_context(replaced_attention(decoder, self._attend))
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -76,18 +75,3 @@ class VisualBoost:
         grouped = attention.unflatten(1, (value.shape[1], -1)) @ value.float()  # [batch, KV heads, group, d]
         newest = grouped.flatten(1, 2).to(output.dtype)
         return torch.cat([output[:, :-1], newest[:, None]], dim=1), weights
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The untouched model inside."""
-        self._on = False
-        try:
-            yield
-        finally:
-            self._on = True
-
-    def remove(self) -> None:
-        """Take the hooks off and put the attention function back."""
-        for handle in self._handles:
-            handle.remove()
-        self._patched.close()

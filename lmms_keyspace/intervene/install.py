@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from lmms_keyspace.families import decoder_sites
 from lmms_keyspace.malora.targets import skeleton
 
 from .boost import VisualBoost
+from .change import Change
 from .keys import KeyMaps, affine_maps
 from .moments import Statistics, read_statistics
 from .spec import Spec
-
-
-class Change(Protocol):
-    """What an intervention does to a model; `KeyMaps` and `VisualBoost` are."""
-
-    def disabled(self) -> AbstractContextManager[None]: ...
-
-    def remove(self) -> None: ...
 
 
 @dataclass(frozen=True)

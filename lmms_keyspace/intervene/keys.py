@@ -13,8 +13,7 @@ the softmax; this one moves visual keys only, and RoPE turns it with each token'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from lmms_keyspace.families import Decoder, KeySite
-from lmms_keyspace.malora import ModalityMask
 from lmms_keyspace.sampling import hash64
 
+from .change import Change
 from .moments import Moments
 
 
@@ -61,7 +60,7 @@ def _affine_map(kind: str, moments: Moments, seed: int) -> AffineMap:
     return AffineMap(scale, shift)
 
 
-class KeyMaps:
+class KeyMaps(Change):
     """Hooks that apply the maps in a model, from now on.
 
     Args:
@@ -70,10 +69,10 @@ class KeyMaps:
     """
 
     def __init__(self, decoder: Decoder, maps: Mapping[int, AffineMap]) -> None:
-        self._on = True
-        self._modality, self._handles = ModalityMask.attach(decoder.model)
+        super().__init__(decoder)
         for site in decoder.sites:
-            self._handles.append(site.key_module.register_forward_hook(self._hook(site, maps[site.layer])))
+            handle = site.key_module.register_forward_hook(self._hook(site, maps[site.layer]))
+            self._installed.callback(handle.remove)
 
     def _hook(self, site: KeySite, mapping: AffineMap) -> Any:
         def change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -87,17 +86,3 @@ class KeyMaps:
             return changed
 
         return change
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The untouched model inside."""
-        self._on = False
-        try:
-            yield
-        finally:
-            self._on = True
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
