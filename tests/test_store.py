@@ -307,6 +307,16 @@ def test_a_flipped_bit_is_found_when_the_arrays_are_read(tmp_path, name):
         list(arrays.values())
 
 
+def test_a_header_that_no_run_writes_is_refused(tmp_path):
+    write_run(tmp_path, DATE, run_data())
+    path = tmp_path / f"{DATE}_gram.safetensors"
+    content = path.read_bytes()
+    assert content.count(b'"clusters":"{') == 1
+    path.write_bytes(content.replace(b'"clusters":"{', b'"clusters":"['))
+    with pytest.raises(InputError, match="header"):
+        read_run(tmp_path, DATE)
+
+
 def test_a_run_that_died_while_it_was_written_is_no_run_without_keys(tmp_path):
     write_harness_files(tmp_path)
     write_run(tmp_path, DATE, run_data())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -72,8 +72,18 @@ def read_by_document(
     names, metadata = _open_safetensors(path)
     if "clusters" not in metadata:
         raise InputError("file", path.name, rerun("no cluster names in its header"))
-    clusters = json.loads(metadata["clusters"])
-    loaders = {}
+    try:
+        loaders = _loaders(path, kind, names, json.loads(metadata["clusters"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError("file", path.name, rerun(f"its header says what no run writes ({error})")) from error
+    return _OnAccess(loaders, check)
+
+
+def _loaders(
+    path: Path, kind: type[ByDocument], names: Sequence[str], clusters: Mapping[str, Sequence[str]]
+) -> dict[GramKey, Callable[[], ByDocument]]:
+    """How to read each entry that the names of the tensors show."""
+    loaders: dict[GramKey, Callable[[], ByDocument]] = {}
     first = f"/{_ARRAYS[kind][0]}"
     for name in names:
         if not name.endswith(first):
@@ -83,7 +93,7 @@ def read_by_document(
         key = GramKey(unquote(task), unquote(condition), unquote(space), int(layer), unquote(scale), unquote(contrast))
         group = f"{task}/{condition}/{contrast}"
         loaders[key] = partial(_load_entry, path, kind, entry, group, tuple(clusters[group]))
-    return _OnAccess(loaders, check)
+    return loaders
 
 
 def _load_entry(path: Path, kind: type[ByDocument], entry: str, group: str, clusters: tuple[str, ...]) -> ByDocument:
