@@ -153,16 +153,6 @@ class MaloraConfig(PeftConfig):
         return self.down_rows * in_features + self.up_columns * out_features + gates
 
 
-def kv_heads(text_config: Any) -> int:
-    """Number of KV heads of a decoder; equal to the query heads where the config does not say."""
-    return int(getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads)
-
-
-def head_width(text_config: Any) -> int:
-    """Width of one attention head of a decoder."""
-    return int(getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads)
-
-
 def _whole(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         way_out = "give a rank of at least 1." if least else "give a whole number of at least 0."
