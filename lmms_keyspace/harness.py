@@ -21,7 +21,6 @@ import functools
 import importlib.util
 import inspect
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -197,7 +196,12 @@ def hand_over(data: RunData, keys_dir: Path | None, *, rank: int = 0, hole: Inpu
         _current.data = data
         _current.hole = hole
     if keys_dir is not None:
-        _write(keys_dir, data)
+        try:
+            _write(keys_dir, data)
+        except InputError as error:  # no room there: the results are saved first
+            if _current is None:
+                raise
+            _current.hole = hole or error
     elif _current is None:
         _warn("this evaluation was not started through lmms-eval's simple_evaluate: name keys_dir= to save the files")
 
@@ -282,25 +286,9 @@ def _prepare_output(arguments: dict[str, Any], run: _Run) -> None:
             cli_args.log_samples = True
         _info(f"no --output_path: results, samples and key-space files go to ./{tracker.output_path}/")
     if tracker.output_path:
+        from lmms_keyspace.store.files import require_writable
+
         require_writable("--output_path", tracker.output_path)
-
-
-def require_writable(argument: str, folder: str | Path) -> Path:
-    """Create `folder` if need be and write a file in it.
-
-    Raises:
-        InputError: it cannot be written; names `argument`.
-    """
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise InputError(
-            argument, str(folder), f"the folder cannot be written ({error.strerror}); name one that can"
-        ) from error
-    return path
 
 
 def _hooked_save(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -310,7 +298,12 @@ def _hooked_save(original: Callable[..., Any]) -> Callable[..., Any]:
         run, _current = _current, None
         saved = original(self, results=results, samples=samples, datetime_str=datetime_str)
         if run is not None and run.data is not None and self.output_path:
-            _write(_folder_of(self), run.data)
+            try:
+                _write(_folder_of(self), run.data)
+            except InputError:  # no room: lmms-eval would save the samples later, and does not come to it
+                for task, rows in (samples or {}).items():
+                    self.save_results_samples(task_name=task, samples=rows)
+                raise
         return saved
 
     setattr(save_results_aggregated, _MARK, True)
@@ -346,6 +339,7 @@ def results_block(data: RunData) -> dict[str, Any]:
         "reference": record.reference if record.reference != "none" else NOT_COMPARABLE,
         "not_interpretable": sorted(name for name, task in record.tasks.items() if not task.interpretable),
         "same_prompts": {name: task.same_prompts for name, task in record.tasks.items() if task.same_prompts},
+        "images_absent": {name: task.images_absent for name, task in record.tasks.items() if task.images_absent},
         "divergence": divergence,
     }
 

@@ -221,6 +221,7 @@ class TaskRecord(BaseModel):
     prompt_hash: str  # sha256 over the prompts in document order
     interpretable: bool = True  # False: the model cannot read this benchmark; its accuracy says nothing
     same_prompts: list[list[str]] = []  # sets of conditions that are one prompt for this model: they differ in nothing
+    images_absent: list[int] = []  # documents that name an image which they do not hold; they were asked without it
 
 
 class RunRecord(BaseModel):

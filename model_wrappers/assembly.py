@@ -151,6 +151,7 @@ def _record(run: Observed, bandwidths: Bandwidths, finished: bool) -> RunRecord:
             prompt_hash=_sha(f"{doc_id}\0{prompt.text}" for doc_id, prompt in task.prompts.items()),
             interpretable=task.generator is not None or not loaded.bundled,
             same_prompts=task.same_prompts,
+            images_absent=task.images_absent,
         )
         for name, task in run.tasks.items()
     }

@@ -45,7 +45,12 @@ def merge(observed: Observed, ranks: Ranks) -> None:
         "options": observed.options,
         "images_of_intervention": sorted(observed.images_of_intervention),
         "tasks": {
-            name: {"rows": task.rows_captured, "tokens": task.token_counts, "images": task.image_tokens}
+            name: {
+                "rows": task.rows_captured,
+                "tokens": task.token_counts,
+                "images": task.image_tokens,
+                "images_absent": task.images_absent,
+            }
             for name, task in observed.tasks.items()
         },
     }
@@ -62,6 +67,7 @@ def _add(observed: Observed, other: Mapping[str, Any]) -> None:
         task.rows_captured += counts["rows"]
         task.token_counts.update(counts["tokens"])
         task.image_tokens.update(counts["images"])
+        task.images_absent = sorted({*task.images_absent, *counts["images_absent"]})
 
 
 def _prompt(told: Mapping[str, Any]) -> Prompt:

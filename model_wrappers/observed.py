@@ -22,6 +22,7 @@ class ObservedTask:
     cluster_field: str | None
     chosen: frozenset[str] = frozenset()
     same_prompts: list[list[str]] = field(default_factory=list)  # conditions that are one prompt, as this process sees
+    images_absent: list[int] = field(default_factory=list)  # documents asked without an image that they name
     rows_captured: int = 0
     token_counts: Counter[str] = field(default_factory=Counter)  # prompt tokens by label
     image_tokens: Counter[str] = field(default_factory=Counter)  # image tokens of a prompt -> prompts

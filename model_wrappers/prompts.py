@@ -10,6 +10,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.protocol import ChatMessages
 
 from lmms_keyspace.errors import InputError
+from lmms_keyspace.model_wrappers.absent_images import messages_of
 from lmms_keyspace.records import DEFAULT_CONDITION
 
 # Pixels of the images that are kept from reading the prompts to answering them (200 MB): drawing or decoding them again
@@ -47,6 +48,7 @@ class Request:
     content: tuple[str, ...]  # the messages' own text parts, in order
     options: tuple[str, ...]  # answers whose log-probability may be asked for
     image_sha: str  # of the picture, where the document names it; else empty
+    images_absent: int  # that the document names and does not hold; the prompt goes without them
     generation_kwargs: Mapping[str, Any]
     counted: bool  # False for the harness's padding clones and for repeats of a request
     messages: Callable[[], ChatMessages]
@@ -88,15 +90,16 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pixel
         InputError: the task shows videos or audio, or its `keyspace` block names a field that documents lack.
     """
     _, doc_to_messages, generation_kwargs, doc_id, task, split = instance.args
-    doc = datasets[task][split][doc_id]
+    dataset = datasets[task][split]
+    doc, columns = dataset[doc_id], getattr(dataset, "features", None)
     declared = (instance.metadata or {}).get("keyspace") or {}
 
-    first = ChatMessages(messages=doc_to_messages(doc))
+    first, absent = messages_of(doc, columns, doc_to_messages)
     shown = sum(image.width * image.height for image in first.extract_media()[0] if not isinstance(image, str))
     kept = first if shown <= pixels else None
 
     def messages() -> ChatMessages:
-        return kept or ChatMessages(messages=doc_to_messages(datasets[task][split][doc_id]))
+        return kept or messages_of(dataset[doc_id], columns, doc_to_messages)[0]
 
     text, content = _prompt_text(first, processor, task, doc_id)
 
@@ -122,6 +125,7 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pixel
         content=content,
         options=tuple(map(str, options)) if isinstance(options, list) else (),
         image_sha=str(doc.get("image_sha") or "") if declared else "",
+        images_absent=absent,
         generation_kwargs=generation_kwargs,
         counted="__padding_only__" not in (instance.metadata or {}),
         messages=messages,

@@ -98,6 +98,12 @@ class Recorder:
                     f"{name}: {' and '.join(conditions)} are the same prompt for this model (its chat template decides "
                     "where the picture stands); a difference between them is 0 by construction and not valid"
                 )
+            task.images_absent = [doc_id for doc_id, request in sorted(by_task[name].items()) if request.images_absent]
+            if task.images_absent:
+                logger.warning(
+                    f"{name}: {len(task.images_absent)} documents name an image that they do not hold and are asked "
+                    f"without it, the first is document {task.images_absent[0]}"
+                )
             tasks[name] = task
         self._wanted = {
             (name, doc_id)

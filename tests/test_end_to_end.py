@@ -115,24 +115,27 @@ def test_the_design_cards_command_marks_mmmu_not_interpretable(card_run):
     assert "mmmu_val" in loaded.results["keyspace"]["not_interpretable"]
 
 
-def test_the_wrapped_benchmarks_run_on_a_local_copy(tmp_path):
+def test_benchmarks_run_on_a_local_copy_stock_and_wrapped(tmp_path):
     """With awkward rows: several images, a missing one, open questions, Chinese, RGBA, palette and 1 x 1 images."""
-    write_mmmu(tmp_path / "data", awkward=True)
-    write_mmbench_cn(tmp_path / "data")
-    (tmp_path / "work").mkdir()
-    tasks = ("mmmu_val_keyspace_mismatch", "mmbench_cn_dev_keyspace_hint_wrong", "mmbench_cn_dev_static")
+    write_mmmu(tmp_path, awkward=True)  # where the stock task finds it, and ours by the variable
+    write_mmbench_cn(tmp_path)
+    tasks = ("mmmu_val", "mmmu_val_keyspace_mismatch", "mmbench_cn_dev_keyspace_hint_wrong", "mmbench_cn_dev_static")
     printed = run(
         str(BIN / "lmms-eval"),
         *shlex.split(f"--model malora_llava --tasks {','.join(tasks)} --output_path OUT --log_samples"),
-        cwd=tmp_path / "work",
-        LMMS_KEYSPACE_DATA=str(tmp_path / "data"),
+        cwd=tmp_path,
+        LMMS_KEYSPACE_DATA=str(tmp_path),
     )
     assert "9 of 13 rows are asked" in printed
-    assert {path.name for path in (tmp_path / "work").iterdir()} == {"OUT"}
-    (found,) = find_runs(tmp_path / "work" / "OUT")
+    assert {path.name for path in tmp_path.iterdir()} == {"OUT", "lmms-lab-encoder"}
+    (found,) = find_runs(tmp_path / "OUT")
     loaded = load_run(found)
-    assert {task: len(samples) for task, samples in loaded.samples.items()} == dict(zip(tasks, (9, 5, 7), strict=True))
-    assert set(loaded.samples[tasks[1]]["condition"]) == {"conflict"}
+    assert {task: len(samples) for task, samples in loaded.samples.items()} == dict(
+        zip(tasks, (13, 9, 5, 7), strict=True)
+    )
+    assert set(loaded.samples[tasks[2]]["condition"]) == {"conflict"}
+    assert "mmmu_val: 1 documents name an image that they do not hold" in printed
+    assert loaded.results["keyspace"]["images_absent"] == {"mmmu_val": [12]}
     assert loaded.results["keyspace"]["not_interpretable"] == sorted(tasks)  # the bundled model reads no benchmark
 
 

@@ -21,7 +21,15 @@ from lmms_keyspace.reports.sections.parts import Panel, Part, Table
 from lmms_keyspace.reports.sections.planes import planes
 from lmms_keyspace.reports.sections.relation import relation
 
-__all__ = ["Panel", "Part", "Section", "Table", "section"]
+__all__ = ["Notice", "Panel", "Part", "Section", "Table", "section"]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What a reader must know of some runs before the figures of a task."""
+
+    runs: tuple[str, ...]  # labels
+    text: str
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Section:
     anchor: str
     parts: tuple[Part, ...]
     examples: Examples | None
-    not_interpretable: tuple[str, ...]
+    notices: tuple[Notice, ...]
 
 
 def section(runs: Sequence[Run], task: str, comparison: pd.DataFrame, *, tsne_runs: int) -> Section:
@@ -52,11 +60,23 @@ def section(runs: Sequence[Run], task: str, comparison: pd.DataFrame, *, tsne_ru
         published(runs, task),
         families(runs, task),
     )
-    unread = [run.label for run in runs if (record := run.task_record(task)) and not record.interpretable]
     return Section(
         name=task,
         anchor="task-" + re.sub(r"[^a-z0-9]+", "-", task.lower()).strip("-"),
         parts=tuple(part for part in parts if part is not None),
         examples=examples(runs, task),
-        not_interpretable=tuple(unread),
+        notices=_notices(runs, task),
     )
+
+
+def _notices(runs: Sequence[Run], task: str) -> tuple[Notice, ...]:
+    records = [(run.label, record) for run in runs if (record := run.task_record(task)) is not None]
+    unread = tuple(label for label, record in records if not record.interpretable)
+    text = "not interpretable. The model cannot read this benchmark; its accuracy says nothing."
+    notices = [Notice(unread, text)] if unread else []
+    for label, record in records:
+        if record.images_absent:
+            numbers = ", ".join(map(str, record.images_absent))
+            text = f"asked without an image that the question names and the data set does not hold: document {numbers}."
+            notices.append(Notice((label,), text))
+    return tuple(notices)

@@ -199,7 +199,7 @@ def test_stock_runs_show_accuracy_only_and_say_so(tmp_path):
 def test_a_benchmark_that_the_model_cannot_read_is_marked(tmp_path):
     run = fake_runs.write(replace(BASE, task_record={"interpretable": False}), tmp_path)
     page = Page(write_report(load_runs([run]), tmp_path / "out", figure_files=False)[0].read_text())
-    assert "Not interpretable for: bundled base" in page.text
+    assert "bundled base: not interpretable" in page.text
     assert "nothing to compare" in page.text
 
 
@@ -295,3 +295,10 @@ def test_a_picture_that_cannot_be_shown_is_accounted_for(tmp_path, sha, said):
     page = Page(write_report(load_runs([folder]), tmp_path / "out", figure_files=False)[0].read_text())
     assert said in page.text
     assert "img" not in page.tags
+
+
+def test_documents_asked_without_an_image_they_name_are_listed(tmp_path):
+    run = fake_runs.write(replace(BASE, task_record={"images_absent": [3, 12]}), tmp_path)
+    page = Page(write_report(load_runs([run]), tmp_path / "out", figure_files=False)[0].read_text())
+    assert "bundled base: asked without an image that the question names" in page.text
+    assert "document 3, 12" in page.text
