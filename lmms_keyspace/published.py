@@ -22,7 +22,10 @@ UNKNOWN: tuple[Choice, ...] = (
     Choice("MMD or MMD², biased or not", "the root of the biased MMD²"),
     Choice("kernel and bandwidth", "one Gaussian at the median distance of the tokens compared"),
     Choice("what the projection is fitted on", "visual and text tokens of the layer and condition together"),
-    Choice("estimator of the Jensen-Shannon divergence", "30 bins a component, mean over components, less its null"),
+    Choice(
+        "estimator of the Jensen-Shannon divergence",
+        "30 bins a component, a score counting in part for the two nearest, mean over components, less its null",
+    ),
     Choice("its base, and whether its root is taken", "nats, no root"),
     Choice("which tokens count", "special tokens, template and attention sinks are left out"),
     Choice("which test was used", "none"),

@@ -21,7 +21,7 @@ from lmms_keyspace.sampling import Sampler
 MODEL = "keyspace_llava"
 TASK = "textbias_probe_quick"
 ARGUMENTS = "keep_keys=on,capture_clusters=4,layers=0+3"
-UNEVEN = 17  # documents; the second process has one fewer and answers a clone
+UNEVEN = 41  # documents; the second process has one fewer and answers a clone
 # A probe whose documents are clusters of their own, so that the cache may answer those of one process.
 ALONE = """
 include: {folder}/textbias_probe/_textbias_probe_template

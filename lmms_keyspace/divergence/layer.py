@@ -68,11 +68,17 @@ class LayerMeasurement:
     def __init__(self, keys: LayerKeys, seed: int) -> None:
         self._keys = keys
         self._seed = seed
-        self._points: dict[str, Callable[[Clouds], Floats]] = {
-            centroid_distance.name: lambda c: centroid_distance(c.x, c.y),
-            centroid_cosine.name: lambda c: centroid_cosine(c.x, c.y, groups_x=c.groups_x, groups_y=c.groups_y),
-            js_histogram.name: lambda c: js_histogram(c.x, c.y, groups_x=c.groups_x, groups_y=c.groups_y, seed=seed),
-            js_knn.name: lambda c: _knn(c, seed),
+        self._points: dict[str, tuple[str, Callable[[Clouds], Floats]]] = {
+            centroid_distance.name: (centroid_distance.version, lambda c: centroid_distance(c.x, c.y)),
+            centroid_cosine.name: (
+                centroid_cosine.version,
+                lambda c: centroid_cosine(c.x, c.y, groups_x=c.groups_x, groups_y=c.groups_y),
+            ),
+            js_histogram.name: (
+                js_histogram.version,
+                lambda c: js_histogram(c.x, c.y, groups_x=c.groups_x, groups_y=c.groups_y, seed=seed),
+            ),
+            js_knn.name: (js_knn.version, lambda c: _knn(c, seed)),
         }
         self.sums: dict[str, KernelSums] = {}
         self.losses: dict[str, HeldOutLoss] = {}
@@ -153,10 +159,11 @@ class LayerMeasurement:
     def _point(self, estimator: str) -> Iterator[Row]:
         """Estimators without an interval."""
         clouds = self._clouds_of(VISUAL_TEXT)
-        row = clouds_row(VISUAL_TEXT, estimator, clouds)
+        version, compute = self._points[estimator]
+        row = clouds_row(VISUAL_TEXT, estimator, clouds) | {"estimator_version": version}
         if estimator == js_knn.name:
             row["token_filter"] = f"at most {KNN_TOKENS} tokens a side, {KNN_COMPONENTS} principal components"
-        return head_rows(row, value=with_mean(self._points[estimator](clouds)))
+        return head_rows(row, value=with_mean(compute(clouds)))
 
     def _equal_counts(self) -> Iterator[Row]:
         sums = equal_counts_sums(self._clouds, self._keys.width2, self._seed)

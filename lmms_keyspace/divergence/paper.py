@@ -47,9 +47,9 @@ class PaperProtocol:
     Unknown, and therefore chosen here (`lmms_keyspace.published.UNKNOWN`, which reports print): the numbers of tokens
     and images; whether the number reported is MMD or MMD^2, biased or not (here the root of the biased one); the kernel
     (one Gaussian) and its bandwidth (median heuristic on the tokens compared); on what the projection is fitted (visual
-    and text tokens of the layer and condition); the estimator of JS (30 bins for each component, mean over components,
-    less its null), its base (nats) and whether its root is taken (no); which tokens count (special tokens, template and
-    attention sinks are left out); the test (none here).
+    and text tokens of the layer and condition); the estimator of JS (30 bins for each component, a score between two
+    centers counting in part for both, mean over components, less its null), its base (nats) and whether its root is
+    taken (no); which tokens count (special tokens, template and attention sinks are left out); the test (none here).
 
     What it hides: a gap along a direction of small variance is dropped by the projection, and the head of greatest
     variance rules; the bandwidth moves with the gap, so no two values are comparable; the biased MMD is never 0 and
@@ -65,7 +65,7 @@ class PaperProtocol:
     components: int = 50
     bins: int = 30
     tokens: int = 1000
-    version: str = "2"
+    version: str = "3"
 
     def __call__(self, x: Cloud, y: Cloud, *, seed: int = 0) -> PaperEstimate:
         """Both estimates of one layer.

@@ -61,9 +61,8 @@ def test_two_processes_make_the_run_of_one(two, tmp_path, batch_size):
         assert np.abs(run.keys[TASK][name] - keys).max() < 1e-4
     same = ["task", "condition", "layer", "head", "space", "contrast", "estimator", "n_visual", "n_text", "n_clusters"]
     assert run.divergence[same].equals(one.divergence[same])
-    measured = one.divergence["estimator"].isin(["mmd2", "js_classifier"])
-    assert measured.sum() > 50
-    np.testing.assert_allclose(run.divergence["value"][measured], one.divergence["value"][measured], atol=1e-4)
+    assert one.divergence["value"].notna().sum() > 50
+    np.testing.assert_allclose(run.divergence["value"], one.divergence["value"], rtol=0, atol=1e-4)
     masses = [name for name in one.attention if name.startswith("mass_")]
     np.testing.assert_allclose(run.attention[masses], one.attention[masses], atol=1e-5)
 
