@@ -11,9 +11,9 @@ from typing import Any
 
 from lmms_keyspace import embedded
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.harness import require_writable
 from lmms_keyspace.intervene import spec as intervention
 from lmms_keyspace.records import SPACES
+from lmms_keyspace.store.files import require_writable
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")

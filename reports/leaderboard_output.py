@@ -7,7 +7,6 @@ from pathlib import Path
 import pandas as pd
 
 from lmms_keyspace import __version__
-from lmms_keyspace.errors import InputError
 from lmms_keyspace.reports.leaderboard import Cell, Column, Leaderboard
 from lmms_keyspace.reports.markup import markdown_table, plain
 from lmms_keyspace.reports.rows import NATS, SHARE
@@ -15,6 +14,7 @@ from lmms_keyspace.reports.sections.parts import table_of
 from lmms_keyspace.reports.templating import rendered
 from lmms_keyspace.reports.text import one_line
 from lmms_keyspace.reports.wording import estimate
+from lmms_keyspace.store.files import encoded, require_writable, write
 
 TITLE = "Leaderboard"
 NOTES = (
@@ -67,10 +67,9 @@ def leaderboard_html(board: Leaderboard) -> str:
 def write_leaderboard(board: Leaderboard, out: Path) -> list[Path]:
     """Write `leaderboard.html`, `leaderboard.md` and `leaderboard.csv` (unrounded, with the printed cells) into `out`.
 
-    Raises InputError for an `out` that is no folder; nothing is written then.
+    Raises InputError for an `out` that cannot be written.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError("out", str(out), "name a folder: this is a file")
+    require_writable("out", out)
     table = board.table
     table["printed"] = [
         _printed(cell, column.unit)
@@ -83,10 +82,7 @@ def write_leaderboard(board: Leaderboard, out: Path) -> list[Path]:
         "leaderboard.md": leaderboard_markdown(board),
         "leaderboard.csv": table.to_csv(index=False),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (out / name).write_text(text, encoding="utf-8", errors="replace")
-    return [out / name for name in texts]
+    return [write(out / name, encoded(text)) for name, text in texts.items()]
 
 
 def _heading(column: Column, with_task: bool) -> str:

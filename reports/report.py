@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from lmms_keyspace.errors import InputError
 from lmms_keyspace.reports.compare import compare
 from lmms_keyspace.reports.content import Report
 from lmms_keyspace.reports.load import Runs
@@ -19,39 +18,35 @@ from lmms_keyspace.reports.sections.key import key_panels
 from lmms_keyspace.reports.sections.parts import MAX_PANELS
 from lmms_keyspace.reports.verdict import verdicts
 from lmms_keyspace.reports.wording import printed
+from lmms_keyspace.store.files import encoded, require_writable, write
 
 
 def write_report(runs: Runs, out: Path, *, figure_files: bool = True, tsne_runs: int = MAX_PANELS) -> list[Path]:
-    """Write the report into `out`; returns the files, the page first.
+    """Write the report into `out`, each file whole or not at all and the page last; returns the files, the page first.
 
     `report.html` and `report.md`; `comparison.json`; in `tables/` every frame as CSV and Parquet, unrounded; in
     `figures/` every figure as SVG, PNG and PDF, unless `figure_files` is off: they take half the time. The keys of
     the first `tsne_runs` runs are drawn, which takes seconds each. The first run is the base. Raises InputError for an
-    `out` that is no folder; nothing is written then.
+    `out` that cannot be written, before anything is computed, and when there is no room in it.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError("out", str(out), "name a folder: this is a file")
+    require_writable("out", out)
     report = _assembled(runs, tsne_runs)
     texts = {
-        "report.html": html(report),
-        "report.md": markdown(report),
         "comparison.json": report.comparison.to_json() + "\n",
+        "report.md": markdown(report),
+        "report.html": html(report),
     }
     for folder in ("tables", *(["figures"] if figure_files else [])):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+        require_writable("out", out / folder)
     written = []
-    for name, text in texts.items():
-        # Answers of a model may hold lone surrogates, which UTF-8 cannot.
-        (out / name).write_text(text, encoding="utf-8", errors="replace")
-        written.append(out / name)
     for name, frame in _frames(report):
         stem = out / "tables" / name
-        written += [stem.with_name(f"{name}.csv"), stem.with_name(f"{name}.parquet")]
-        frame.to_csv(written[-2], index=False)
-        frame.to_parquet(written[-1], index=False)
+        written.append(write(stem.with_name(f"{name}.csv"), encoded(frame.to_csv(index=False))))
+        written.append(write(stem.with_name(f"{name}.parquet"), frame.to_parquet(None, index=False)))
     for name, panel in _panels(report) if figure_files else ():
         written += panel.drawing.save(out / "figures" / name)
-    return written
+    written += [write(out / name, encoded(text)) for name, text in texts.items()]
+    return written[::-1]
 
 
 def _assembled(runs: Runs, tsne_runs: int) -> Report:

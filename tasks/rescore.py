@@ -1,4 +1,6 @@
-"""All metrics of a run again, from its samples files alone: no model, no harness, no results file.
+"""All metrics of a run again, from its samples files: no model, no harness.
+
+A results file beside them tells whether they are whole; none is needed.
 
 Where the run also saved the log-probabilities of its options, what the picture adds to them is computed too.
 """
@@ -13,7 +15,8 @@ import pandas as pd
 
 from lmms_keyspace import outcomes
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.store import read_samples
+from lmms_keyspace.store import logged_samples, read_samples
+from lmms_keyspace.store.files import read_json
 from lmms_keyspace.store.tables import read_table
 from lmms_keyspace.tasks.aggregation import value_of
 from lmms_keyspace.tasks.metrics import not_valid_for, summarize
@@ -68,10 +71,12 @@ def rescore(path: Path) -> list[Rescored]:
     files = [path] if path.is_file() else sorted(path.rglob(f"*{_SAMPLES}*.jsonl"))
     found = []
     for file in files:
-        rows = read_samples(file)
+        date, _, task = file.stem.partition(_SAMPLES)
+        results = file.with_name(f"{date}_results.json")
+        logged = logged_samples(read_json(results)) if results.is_file() else {}
+        rows = read_samples(file, sha256=logged.get(task))
         probe = probe_of(rows.columns)
         if probe is not None:
-            date, task = file.stem.split(_SAMPLES, 1)
             summary = summarize(rows.to_dict("records"), probe)
             options = file.with_name(f"{date}_options.parquet")
             information = _information(task, rows, read_table(options, "options")) if options.exists() else {}

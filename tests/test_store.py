@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -194,12 +196,12 @@ def test_kernel_sums_of_a_condition_must_agree_about_their_clusters(tmp_path):
 def test_a_write_that_fails_leaves_no_file_and_no_claim_to_be_whole(tmp_path, monkeypatch):
     def full_disk(source, target):
         if str(target).endswith("_tokens.parquet"):
-            raise OSError("no space left on device")
+            raise OSError(errno.ENOSPC, "no space left on device")
         return rename(source, target)
 
     rename = os.replace
     monkeypatch.setattr("os.replace", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InputError, match=rf"folder='{tmp_path}': .*_tokens.parquet cannot be written \(no space"):
         write_run(tmp_path, DATE, run_data())
     assert not any("tokens" in path.name or "keyspace" in path.name for path in tmp_path.iterdir())
 
@@ -322,6 +324,31 @@ def test_a_run_that_died_while_it_was_written_is_no_run_without_keys(tmp_path):
     write_run(tmp_path, DATE, run_data())
     (tmp_path / f"{DATE}_keyspace.json").unlink()
     with pytest.raises(InputError, match="incomplete"):
+        load_run(find_runs(tmp_path)[0])
+
+
+def test_a_run_that_died_before_its_files_were_written_is_no_run_without_keys(tmp_path):
+    write_harness_files(tmp_path)
+    (tmp_path / f"{DATE}_results.json").write_text('{"results": {}, "keyspace": {}}')
+    with pytest.raises(InputError, match="incomplete"):
+        load_run(find_runs(tmp_path)[0])
+
+
+@pytest.mark.parametrize("left", [None, 0, 1, 2])
+def test_samples_that_were_not_all_saved(tmp_path, left):
+    """lmms-eval adds a line for a document; what it leaves when it is killed ends with a whole line."""
+    write_harness_files(tmp_path)
+    lines = [json.dumps({"doc_id": number, "doc_hash": f"hash {number}"}) + "\n" for number in range(2)]
+    sha256 = hashlib.sha256(b"sample_0hash 0sample_1hash 1").hexdigest()
+    (tmp_path / f"{DATE}_results.json").write_text(json.dumps({"task_hashes": {"some_task": sha256}}))
+    path = tmp_path / f"{DATE}_samples_some_task.jsonl"
+    path.unlink()
+    if left is not None:
+        path.write_text("".join(lines[:left]))
+    if left == len(lines):
+        assert load_run(find_runs(tmp_path)[0]).samples["some_task"]["doc_id"].tolist() == [0, 1]
+        return
+    with pytest.raises(InputError, match="it was logged and is missing" if left is None else rf"{left} rows.*stopped"):
         load_run(find_runs(tmp_path)[0])
 
 

@@ -11,6 +11,24 @@ MMD^2 by less than 1e-6, and float64 would double the largest file of a run. Rea
 keys, both loaded on access: a run of a large model does not fit in memory whole.
 """
 
-from lmms_keyspace.store.runs import LoadedRun, RunFiles, find_runs, load_run, read_run, read_samples, write_run
+from lmms_keyspace.store.runs import (
+    LoadedRun,
+    RunFiles,
+    find_runs,
+    load_run,
+    logged_samples,
+    read_run,
+    read_samples,
+    write_run,
+)
 
-__all__ = ["LoadedRun", "RunFiles", "find_runs", "load_run", "read_run", "read_samples", "write_run"]
+__all__ = [
+    "LoadedRun",
+    "RunFiles",
+    "find_runs",
+    "load_run",
+    "logged_samples",
+    "read_run",
+    "read_samples",
+    "write_run",
+]

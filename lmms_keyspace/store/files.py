@@ -18,7 +18,20 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON; where there is none, no
 
 
 def write(path: Path, content: bytes) -> Path:
-    """Write under a temporary name in the same folder, sync, rename: a reader sees all of the file or none."""
+    """Write under a temporary name in the same folder, sync, rename: a reader sees all of the file or none.
+
+    Raises:
+        InputError: it cannot be written, as on a full disk; what was there before is still there.
+    """
+    try:
+        _replace(path, content)
+    except OSError as error:
+        reason = f"{path.name} cannot be written ({error.strerror or error})"
+        raise InputError("folder", str(path.parent), f"{reason}; make room there, or name another folder") from error
+    return path
+
+
+def _replace(path: Path, content: bytes) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -33,6 +46,30 @@ def write(path: Path, content: bytes) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8; half a surrogate pair, which answers of a model may hold, becomes `?`."""
+    return text.encode("utf-8", "replace")
+
+
+def require_writable(argument: str, folder: str | Path) -> Path:
+    """Create `folder` if need be and write a file in it.
+
+    Raises:
+        InputError: it cannot be written; names `argument`.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise InputError(argument, str(folder), "name a folder: this is a file")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(
+            argument, str(folder), f"the folder cannot be written ({error.strerror}); name one that can"
+        ) from error
     return path
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -160,24 +160,42 @@ def load_run(files: RunFiles, *, scores_only: bool = False, tables: Collection[s
     """
     require(files.results)
     results = read_json(files.results)
+    logged = logged_samples(results)
+    if absent := sorted(logged.keys() - files.samples.keys()):
+        raise InputError("file", f"{files.date}_samples_{absent[0]}.jsonl", rerun("it was logged and is missing"))
     return LoadedRun(
         files=files,
         results=results,
-        samples={task: read_samples(path, scores_only=scores_only) for task, path in files.samples.items()},
-        data=read_run(files.folder, files.date, tables=tables) if files.captured else None,
+        samples={
+            task: read_samples(path, scores_only=scores_only, sha256=logged.get(task))
+            for task, path in files.samples.items()
+        },
+        # lmms-eval saves its results before the plugin its files.
+        data=read_run(files.folder, files.date, tables=tables) if files.captured or "keyspace" in results else None,
     )
 
 
-def read_samples(path: Path, *, scores_only: bool = False) -> pd.DataFrame:
+def logged_samples(results: Mapping[str, Any]) -> dict[str, str]:
+    """Task -> sha256 of its documents in their order, for the tasks whose samples lmms-eval was to save."""
+    hashes = results.get("task_hashes")
+    return {task: str(sha256) for task, sha256 in hashes.items()} if isinstance(hashes, dict) else {}
+
+
+def read_samples(path: Path, *, scores_only: bool = False, sha256: str | None = None) -> pd.DataFrame:
     """A samples file of lmms-eval, one row per line; invalid UTF-8 becomes U+FFFD, half a surrogate pair `?`.
 
-    With `scores_only`, only what names a row and its outcome, and numbers: lmms-eval gives every row a field for every
-    metric of its task, most of them empty.
+    Args:
+        path: the file, to which lmms-eval adds one line after the other.
+        scores_only: only what names a row and its outcome, and numbers: lmms-eval gives every row a field for every
+            metric of its task, most of them empty.
+        sha256: of the documents, as `logged_samples` has it; None does not check.
 
-    Raises InputError naming the file and the line when a line is not a JSON object.
+    Raises:
+        InputError: a line that is not a JSON object (names file and line), or other rows than those of `sha256`.
     """
     require(path)
     rows = []
+    documents = hashlib.sha256()
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -186,9 +204,13 @@ def read_samples(path: Path, *, scores_only: bool = False) -> pd.DataFrame:
                 raise InputError(f"{path.name}, line {number}", _short(line), rerun(f"not JSON: {error}")) from error
             if not isinstance(row, dict):
                 raise InputError(f"{path.name}, line {number}", _short(line), rerun("not a JSON object"))
+            documents.update(f"sample_{number - 1}{row.get('doc_hash')}".encode(errors="replace"))
             if scores_only:
                 row = {key: value for key, value in row.items() if type(value) in _NUMBERS or key in _SCORED}
             rows.append(encodable(row) if SURROGATE.search(line) else row)
+    if sha256 is not None and documents.hexdigest() != sha256:
+        way_out = rerun("not the documents of the run: it was stopped while it saved them, or the file was exchanged")
+        raise InputError("file", f"{path.name}, {len(rows)} rows", way_out)
     return pd.DataFrame(rows)
 
 

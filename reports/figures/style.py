@@ -15,6 +15,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 
 from lmms_keyspace.reports.theme import LIGHT, MARKERS, N_SERIES
+from lmms_keyspace.store.files import write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,12 +54,15 @@ class Drawing:
         """Write the figure beside itself as SVG, PNG and PDF, in light colors; equal figures give equal bytes."""
         from matplotlib import rc_context
 
-        paths = [stem.with_name(f"{stem.name}.{form}") for form in FORMATS]
-        paths[0].write_text(self._svg, encoding="utf-8")
+        png, pdf = io.BytesIO(), io.BytesIO()
         with rc_context({"text.parse_math": False, "pdf.fonttype": 42}):
-            self.figure.savefig(paths[1], dpi=_DPI, facecolor=LIGHT["paper"], metadata={"Software": None})
-            self.figure.savefig(paths[2], facecolor=LIGHT["paper"], metadata={"CreationDate": None})
-        return paths
+            self.figure.savefig(png, format="png", dpi=_DPI, facecolor=LIGHT["paper"], metadata={"Software": None})
+            self.figure.savefig(pdf, format="pdf", facecolor=LIGHT["paper"], metadata={"CreationDate": None})
+        contents = (self._svg.encode(), png.getvalue(), pdf.getvalue())
+        return [
+            write(stem.with_name(f"{stem.name}.{form}"), content)
+            for form, content in zip(FORMATS, contents, strict=True)
+        ]
 
     @cached_property
     def _svg(self) -> str:
