@@ -119,10 +119,10 @@ def test_benchmarks_run_on_a_local_copy_stock_and_wrapped(tmp_path):
     """With awkward rows: several images, a missing one, open questions, Chinese, RGBA, palette and 1 x 1 images."""
     write_mmmu(tmp_path, awkward=True)  # where the stock task finds it, and ours by the variable
     write_mmbench_cn(tmp_path)
-    tasks = ("mmmu_val", "mmmu_val_keyspace_mismatch", "mmbench_cn_dev_keyspace_hint_wrong", "mmbench_cn_dev_static")
+    wrapped = ("mmmu_val_keyspace_mismatch", "mmbench_cn_dev_keyspace_hint_wrong", "mmbench_cn_dev_static")
     printed = run(
         str(BIN / "lmms-eval"),
-        *shlex.split(f"--model malora_llava --tasks {','.join(tasks)} --output_path OUT --log_samples"),
+        *shlex.split(f"--model malora_llava --tasks mmmu,{','.join(wrapped)} --output_path OUT --log_samples"),
         cwd=tmp_path,
         LMMS_KEYSPACE_DATA=str(tmp_path),
     )
@@ -130,13 +130,12 @@ def test_benchmarks_run_on_a_local_copy_stock_and_wrapped(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"OUT", "lmms-lab-encoder"}
     (found,) = find_runs(tmp_path / "OUT")
     loaded = load_run(found)
-    assert {task: len(samples) for task, samples in loaded.samples.items()} == dict(
-        zip(tasks, (13, 9, 5, 7), strict=True)
-    )
-    assert set(loaded.samples[tasks[2]]["condition"]) == {"conflict"}
+    rows = {"mmmu_val": 13, "mmmu_test": 13} | dict(zip(wrapped, (9, 5, 7), strict=True))
+    assert {task: len(samples) for task, samples in loaded.samples.items()} == rows
+    assert set(loaded.samples[wrapped[1]]["condition"]) == {"conflict"}
     assert "mmmu_val: 1 documents name an image that they do not hold" in printed
-    assert loaded.results["keyspace"]["images_absent"] == {"mmmu_val": [12]}
-    assert loaded.results["keyspace"]["not_interpretable"] == sorted(tasks)  # the bundled model reads no benchmark
+    assert loaded.results["keyspace"]["images_absent"] == {"mmmu_test": [12], "mmmu_val": [12]}
+    assert loaded.results["keyspace"]["not_interpretable"] == sorted(rows)  # the bundled model reads no benchmark
 
 
 WITHOUT_PLUGIN = """
