@@ -7,21 +7,17 @@ seed. Nothing is concluded that an interval does not show, and nothing at all wh
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
-from scipy.stats import ttest_1samp
-from study_units import CORE, DATA, HEADLINE, OTHERS, OTHERS_DATA, TRAINING_FREE, final_units
+from study_contrasts import BASE, CONTROL, Contrast, contrast, document_rows, family, follows_text, name_of, paired
+from study_figures import draw
+from study_units import CORE, DATA, HEADLINE, LEARNING_RATES, OTHERS, OTHERS_DATA, TRAINING_FREE, final_units
 
 from lmms_keyspace import stats
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent.parent / "docs"
 OUTCOMES = {
@@ -38,17 +34,15 @@ OUTCOMES = {
     "attention_mass_conflict": "attention mass on the image, conflict",
     "visual_advantage_conflict": "visual logit advantage, conflict",
 }
-CONTROL = "lora_k"
 INDEPENDENT = "mmd2_laplace_k_pre"  # a divergence that is not the trained one, for questions that need one figure
-
-
-class Contrast(NamedTuple):
-    """Mean difference over seeds with its 95 % t interval and p; the unit is the seed."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
+QUESTIONS = (
+    ("Does the divergence fall?", BASE, INDEPENDENT),
+    ("Does the divergence fall more than with plain LoRA of equal parameters?", CONTROL, INDEPENDENT),
+    ("Does the text bias fall?", BASE, "text_flip_rate"),
+    ("Does the text bias fall more than with plain LoRA of equal parameters?", CONTROL, "text_flip_rate"),
+    ("Does clean accuracy change against plain LoRA?", CONTROL, "clean_acc"),
+)
+SHOWN_BELOW = 0.05  # adjusted p
 
 
 def write_page(raw: Path, prints: dict[str, str], docs: Path = DOCS) -> Path:
@@ -64,7 +58,7 @@ def write_page(raw: Path, prints: dict[str, str], docs: Path = DOCS) -> Path:
     stale = stale_files(records, prints)
     bases = ["bundled", *sorted({str(record["unit"]["base"]) for record in records} - {"bundled"})]
     rates = dict.fromkeys((*CORE, *OTHERS), 0.0)  # which units there should be does not depend on the rates
-    missing = {unit.name for unit in final_units(bases, rates)} - {_name(record) for record in records}
+    missing = {unit.name for unit in final_units(bases, rates)} - {name_of(record) for record in records}
     lines = [_INTRODUCTION, *_state(records, prints, stale, missing)]
     if not missing and not stale:
         figures = docs / "study"
@@ -73,7 +67,7 @@ def write_page(raw: Path, prints: dict[str, str], docs: Path = DOCS) -> Path:
         own = table[table["base"] == "bundled"]
         lines += [*_answers(own, bundled), *_tables(own), *_by_layer(bundled), *_training_free(own, bundled)]
         lines += [*_by_document(bundled), *_bases(table, bases)]
-        _draw(own, figures)
+        draw(own, INDEPENDENT, OUTCOMES[INDEPENDENT], figures)
         lines += ["", "## Figures", "", "![flip rates](study/flip.svg)", "", "![fall and change](study/change.svg)"]
     page = docs / "study.md"
     page.write_text("\n".join(lines).rstrip() + "\n")
@@ -83,31 +77,11 @@ def write_page(raw: Path, prints: dict[str, str], docs: Path = DOCS) -> Path:
 def stale_files(records: Iterable[dict[str, Any]], prints: dict[str, str]) -> list[str]:
     """Names of units that rest on another generator, or on other weights of the bundled base."""
     return [
-        _name(record)
+        name_of(record)
         for record in records
         if record["generator_sha256"] != prints["generator_sha256"]
         or (record["unit"]["base"] == "bundled" and record["base_sha256"] != prints["base_sha256"])
     ]
-
-
-def paired(table: pd.DataFrame, arm: str, control: str, data: str, outcome: str) -> Contrast:
-    """Arm less control, seed by seed."""
-
-    def of(name: str) -> pd.Series:
-        rows = table[(table["arm"] == name) & (table["data"] == data)]
-        return rows.set_index("seed")[outcome].sort_index()
-
-    return contrast((of(arm) - of(control)).to_numpy())
-
-
-def contrast(differences: np.ndarray) -> Contrast:
-    """Mean of paired differences with its t interval; a point with p = 1 where they are all 0."""
-    mean, n = float(differences.mean()), len(differences)
-    error = float(differences.std(ddof=1) / np.sqrt(n))
-    if error == 0:
-        return Contrast(mean, mean, mean, 1.0 if mean == 0 else 0.0)
-    half = float(student.ppf(0.975, n - 1)) * error
-    return Contrast(mean, mean - half, mean + half, float(ttest_1samp(differences, 0).pvalue))
 
 
 _INTRODUCTION = """# Study: does aligning visual with text keys make the model rely on the image?
@@ -145,41 +119,60 @@ def _state(records: list[dict[str, Any]], prints: dict[str, str], stale: list[st
     ]
     if records:
         seconds = [record["seconds"]["train"] + record["seconds"]["measure"] for record in records]
+        chosen = {record["unit"]["arm"]: record["unit"]["learning_rate"] for record in records}
+        offered = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
+        rates = ", ".join(f"{arm} {rate:g}" for arm, rate in sorted(chosen.items()) if rate is not None)
+        lines.append(f"- learning rates chosen from {offered}: {rates}")
         lines.append(f"- {len(records)} units; median {np.median(seconds):.0f} s each, longest {max(seconds):.0f} s")
     return [*lines, ""]
 
 
 def _answers(table: pd.DataFrame, records: list[dict[str, Any]]) -> list[str]:
-    """The questions, answered by counting what the adjusted intervals show."""
+    """Every question with its table, and in words only what the adjusted intervals show."""
     lines = ["## Answers", ""]
-    questions = {
-        "Does the divergence fall more than with plain LoRA of equal parameters?": INDEPENDENT,
-        "Does the text bias (flip rate) fall more than with plain LoRA of equal parameters?": "text_flip_rate",
-        "Does clean accuracy change against plain LoRA?": "clean_acc",
-    }
-    for question, outcome in questions.items():
-        lines += [f"**{question}**", ""]
-        for data in DATA:
-            shown = []
-            for arm, found, p in _family(table, CORE[1:], CONTROL, data, outcome):
-                word = "no difference shown" if p >= 0.05 else ("lower" if found.difference < 0 else "higher")
-                shown.append(f"{arm} {_text(found)}, {word} (p {p:.3f})")
-            lines.append(f"- {data}: " + "; ".join(shown) + ".")
+    for question, control, outcome in QUESTIONS:
+        arms = [arm for arm in CORE if arm != control]
+        found = {data: family(table, arms, control, data, outcome) for data in DATA}
+        lines += [f"### {question}", "", *_in_words(found), "", f"{OUTCOMES[outcome]}, less {control}:", ""]
+        lines += [f"| data | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
+        for data, members in found.items():
+            lines.append(f"| {data} | {' | '.join(_shown(each, p) for _, each, p in members)} |")
         lines.append("")
-    lines += ["Intervals: seeds, 5 pairs, t; p adjusted by Holm over the arms of a line.", ""]
-    lines += [f"**The same by documents**: share that follows the misleading text, less {CONTROL}", ""]
+    lines += [
+        "Means of 5 seeds with 95 % t intervals over the seeds; p adjusted by Holm over the arms of a row; bold where "
+        "it is below 0.05. The base is one model, so against it an interval holds for this base.",
+        "",
+        "### The same by documents",
+        "",
+        f"Share of documents that follow the misleading text, less {CONTROL}:",
+        "",
+        f"| data | {' | '.join(CORE[1:])} |",
+        "|---" * len(CORE) + "|",
+    ]
     for data in DATA:
         of = {arm: [r for r in records if r["unit"]["arm"] == arm and r["unit"]["data"] == data] for arm in CORE}
-        shown = [f"{arm} {_text(follows_text(of[arm], of[CONTROL]))}" for arm in CORE[1:]]
-        lines.append(f"- {data}: " + "; ".join(shown) + ".")
+        lines.append(f"| {data} | {' | '.join(_text(follows_text(of[arm], of[CONTROL])) for arm in CORE[1:])} |")
     return [*lines, "", "Intervals: 200 documents, bootstrap, means over the seeds; not adjusted.", ""]
 
 
-def _family(
-    table: pd.DataFrame, arms: Sequence[str], control: str, data: str, outcome: str
-) -> list[tuple[str, Contrast, float]]:
-    found = [paired(table, arm, control, data, outcome) for arm in arms]
-    return list(zip(arms, found, stats.holm([each.p for each in found]), strict=True))
+def _in_words(found: dict[str, list[tuple[str, Contrast, float]]]) -> list[str]:
+    """For each arm, in how many data settings it is lower, higher, or neither is shown."""
+    words: dict[str, list[int]] = {}
+    for members in found.values():
+        for arm, each, p in members:
+            counts = words.setdefault(arm, [0, 0])
+            if p < SHOWN_BELOW:
+                counts[each.difference > 0] += 1
+    return [
+        f"- {arm}: lower in {low}, higher in {high}, nothing shown in {len(found) - low - high} of {len(found)} data "
+        "settings."
+        for arm, (low, high) in words.items()
+    ]
+
+
+def _shown(found: Contrast, p: float) -> str:
+    text = f"{_text(found)}, p {_p(p)}"
+    return f"**{text}**" if p < SHOWN_BELOW else text
 
 
 def _tables(table: pd.DataFrame) -> list[str]:
@@ -196,7 +189,7 @@ def _tables(table: pd.DataFrame) -> list[str]:
         rest = [arm for arm in arms if arm != CONTROL]
         lines += [f"| | {' | '.join(rest)} |", "|---" * (len(rest) + 1) + "|"]
         for outcome, label in OUTCOMES.items():
-            cells = [f"{_text(found)} p {p:.3f}" for _, found, p in _family(table, rest, CONTROL, data, outcome)]
+            cells = [f"{_text(found)}, p {_p(p)}" for _, found, p in family(table, rest, CONTROL, data, outcome)]
             lines.append(f"| {label} | {' | '.join(cells)} |")
         lines.append("")
     return lines
@@ -217,7 +210,7 @@ def _by_layer(records: list[dict[str, Any]]) -> list[str]:
     lines += ["| layer | change of the flip rate for a fall of 0.1 | adjusted p |", "|---|---|---|"]
     for layer, p in enumerate(stats.holm(slopes.p)):
         found = [0.1 * float(each[layer]) for each in (slopes.slope, slopes.low, slopes.high)]
-        lines.append(f"| {layer} | {found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}] | {p:.3f} |")
+        lines.append(f"| {layer} | {found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}] | {_p(p)} |")
     unit = (
         f"{slopes.n} adapters of the core arms in {slopes.clusters} clusters (data and seed), one level for each data"
     )
@@ -242,17 +235,6 @@ def _training_free(table: pd.DataFrame, records: list[dict[str, Any]]) -> list[s
     return [*lines, "", "Means over draws of the statistics or the direction; intervals by documents.", ""]
 
 
-def follows_text(records: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]]) -> Contrast:
-    """Share of documents answered with the lure under conflict, less that of the controls; the unit is the document."""
-    shares = [
-        np.mean([[code == "l" for code in record["documents"]["conflict"]] for record in side], axis=0)
-        for side in (records, controls)
-    ]
-    difference = shares[0] - shares[1]
-    low, high = stats.cluster_bootstrap(difference, list(range(len(difference))))
-    return Contrast(float(difference.mean()), low, high, float("nan"))
-
-
 def _by_document(records: list[dict[str, Any]]) -> list[str]:
     """Document by document: does more attention to the image go with a larger margin of the right answer?"""
     base = next(record for record in records if record["unit"]["arm"] == "base")["documents"]
@@ -266,7 +248,7 @@ def _by_document(records: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|",
     ]
     for label, arms in (("LoRA on keys", CORE[:1]), ("MaLoRA without MMD", CORE[1:2]), ("MaLoRA", CORE[2:])):
-        rows = [_document_rows(record, base) for record in records if record["unit"]["arm"] in arms]
+        rows = [document_rows(record, base) for record in records if record["unit"]["arm"] in arms]
         table = pd.concat(rows, ignore_index=True).dropna()
         x = table[["mass", "advantage"]].to_numpy().T
         slopes = stats.cluster_slopes(table["margin"], x, table["document"].tolist(), strata=table["unit"].tolist())
@@ -276,15 +258,6 @@ def _by_document(records: list[dict[str, Any]]) -> list[str]:
             cells.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
         lines.append(f"| {label} | {' | '.join(cells)} | {slopes.clusters} |")
     return [*lines, "", "95 % intervals by documents (cluster-robust), one level for each adapter.", ""]
-
-
-def _document_rows(record: dict[str, Any], base: dict[str, Any]) -> pd.DataFrame:
-    own = record["documents"]
-    names = {"margin": "margin_conflict", "mass": "attention_mass_conflict", "advantage": "visual_advantage_conflict"}
-    columns = {
-        short: np.array(own[name], dtype=float) - np.array(base[name], dtype=float) for short, name in names.items()
-    }
-    return pd.DataFrame(columns | {"document": range(len(own["margin_conflict"])), "unit": _name(record)})
 
 
 def _bases(table: pd.DataFrame, bases: list[str]) -> list[str]:
@@ -310,43 +283,9 @@ def _bases(table: pd.DataFrame, bases: list[str]) -> list[str]:
     return [*lines, ""]
 
 
-def _draw(table: pd.DataFrame, folder: Path) -> None:
-    """`flip.svg`: flip rate by arm and data, points are seeds. `change.svg`: fall of the divergence against change."""
-    base = table[table["arm"] == "base"].iloc[0]
-    plt.rcParams["svg.hashsalt"] = "study"  # the same figures give the same file
-    figure, axes = plt.subplots(1, len(DATA), sharey=True, figsize=(11, 3.2))
-    for axis, data in zip(axes, DATA, strict=True):
-        for place, arm in enumerate(CORE):
-            values = table[(table["arm"] == arm) & (table["data"] == data)]["text_flip_rate"]
-            axis.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.6)
-            axis.plot([place - 0.3, place + 0.3], [values.mean()] * 2, color=f"C{place}")
-        axis.axhline(base["text_flip_rate"], color="gray", linestyle=":")
-        axis.set_xticks(range(len(CORE)), CORE, rotation=60, ha="right")
-        axis.set_title(data)
-    axes[0].set_ylabel("flip rate (dotted: base)")
-    _save(figure, folder / "flip.svg")
-    figure, axis = plt.subplots(figsize=(5.5, 4))
-    for place, arm in enumerate(CORE):
-        own = table[table["arm"] == arm]
-        fall, change = base[INDEPENDENT] - own[INDEPENDENT], own["text_flip_rate"] - base["text_flip_rate"]
-        axis.plot(fall, change, "o", color=f"C{place}", alpha=0.6, label=arm)
-    axis.axhline(0, color="gray", linewidth=0.5)
-    axis.set_xlabel(f"fall of {OUTCOMES[INDEPENDENT]}")
-    axis.set_ylabel("change of the flip rate")
-    axis.legend(fontsize="small")
-    _save(figure, folder / "change.svg")
-
-
-def _save(figure: Any, file: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
-
-
 def _text(found: Contrast) -> str:
     return f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
-def _name(record: dict[str, Any]) -> str:
-    unit = record["unit"]
-    return f"{unit['phase']}/{unit['base']}/{unit['arm']}-{unit['data']}-{unit['seed']}"
+def _p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
