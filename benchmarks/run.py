@@ -13,13 +13,14 @@ import platform
 import statistics
 from pathlib import Path
 
+import timing
 import torch
 
 # case -> module of this folder
 CASES = {
     "capture_overhead": "capture_cost",
-    "capture_bundled": "capture_cost",
-    "capture_random_llava": "capture_cost",
+    "capture_bundled": "capture_run",
+    "capture_random_llava": "capture_run",
     "capture_llava_7b": "capture_cost",
     "throughput_bundled_16": "throughput",
     "throughput_bundled_1": "throughput",
@@ -70,16 +71,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall", help="cpu: processor time of the process")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write every round to this file too")
     given = parser.parse_args()
     unknown = sorted(set(given.cases) - set(CASES))
     if unknown:
         parser.error(f"no case {unknown[0]}; there are {', '.join(CASES)}")
+    timing.use_clock(given.clock)
     device = torch.device(given.device)
     threads = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
-    print(f"{name}; median of {given.rounds} rounds, with the range\n")
+    print(f"{name}; {given.clock} time, median of {given.rounds} rounds, with the range\n")
     print("| case | ratio | same code twice | |\n|---|---|---|---|")
     rows = []
     for case in given.cases or CASES:

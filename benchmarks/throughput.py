@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,12 +50,12 @@ def throughput_random_1(device: torch.device, rounds: int) -> Measured:
 
 def _against_stock(requests: Requests, path: Path, batch: int, device: torch.device, rounds: int) -> Measured:
     quiet()
-    answers = ours(requests, batch=batch, capture=False, pretrained=path)()
+    wrapper = ours(requests, batch=batch, capture=False, pretrained=path)
+    mine = partial(requests.answer, wrapper)
     theirs = stock(requests, path)
     expected = theirs()
-    if answers != expected:
+    if mine() != expected:
         raise AssertionError("the answers are not those of the stock wrapper")
-    mine = ours(requests, batch=batch, capture=False, pretrained=path)
     # Time of theirs over time of mine is samples per second of mine over theirs.
     measured = paired(lambda: theirs, lambda: mine, device, rounds)
     return Measured(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,11 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
 
 from lmms_keyspace import harness
+from lmms_keyspace.model_wrappers.assembly import assemble
+from lmms_keyspace.model_wrappers.generation import batches
 from lmms_keyspace.model_wrappers.keyspace_vlm import KeyspaceLlava
+from lmms_keyspace.model_wrappers.prompts import Request, read_requests
+from lmms_keyspace.store import write_run
 
 TASK = "textbias_probe"
 
@@ -42,7 +48,7 @@ class Requests:
             chat_template=None,
             tokenizer_name="",
         )
-        self._dataset = task.dataset
+        self.dataset = task.dataset
         self.instances: list[Instance] = task.instances
         if pictures is not None:
             self.instances = [instance for instance in self.instances if self._shows_picture(instance)][:pictures]
@@ -54,12 +60,12 @@ class Requests:
 
     def _shows_picture(self, instance: Instance) -> bool:
         _, messages, _, doc_id, _, split = instance.arguments
-        content = [part for message in messages(self._dataset[split][doc_id]) for part in message["content"]]
+        content = [part for message in messages(self.dataset[split][doc_id]) for part in message["content"]]
         return any(part["type"] == "image" for part in content)
 
     def answer(self, wrapper: Any) -> list[str]:
         """The wrapper's answers, in order."""
-        wrapper.task_dict[TASK] = self._dataset
+        wrapper.task_dict[TASK] = self.dataset
         for instance in self.instances:  # the stock wrapper writes into the settings of its requests
             context, messages, kwargs, *rest = instance.arguments
             kept = {name: value for name, value in kwargs.items() if name != "image_sizes"}
@@ -67,22 +73,43 @@ class Requests:
         return [result.text for result in wrapper.generate_until(self.instances)]
 
 
-def ours(requests: Requests, *, batch: int, capture: bool, pretrained: Path | None = None) -> Callable[[], object]:
-    """`keyspace_llava`, loaded and ready to answer; with capture the tables are made too."""
+def ours(requests: Requests, *, batch: int, capture: bool, pretrained: Path | None = None) -> KeyspaceLlava:
+    """`keyspace_llava`, loaded and ready to answer."""
     given = {} if pretrained is None else {"pretrained": str(pretrained)}
     wrapper = KeyspaceLlava(
         batch_size=batch, device="cpu", dtype="float32", capture="on" if capture else "off", **given
     )
+    wrapper.task_dict[TASK] = requests.dataset
+    return wrapper
 
-    def answer() -> list[str]:
-        answers = requests.answer(wrapper)
-        captured = wrapper._recorder.observed.capture
-        if captured is not None:
-            captured.token_table()
-            captured.attention_table()
-        return answers
 
-    return answer
+class CutRun:
+    """A run of `keyspace_llava` that can be timed piece by piece: `start`, each of `parts`, `end`.
+
+    Args:
+        per_part: documents of a part, whole batches in the order in which an uncut run answers them.
+    """
+
+    def __init__(self, wrapper: KeyspaceLlava, requests: Requests, per_part: int) -> None:
+        self._wrapper, self._requests, self._per_part = wrapper, requests, per_part
+        self._read: list[Request] = []
+
+    def start(self) -> None:
+        """Read every request; with capture, label all prompts and draw the sample."""
+        read = read_requests(self._requests.instances, self._wrapper.task_dict, self._wrapper.loaded.processor)
+        self._wrapper._recorder.plan(read)
+        self._read = [read[index] for _, indices in batches(read, self._wrapper.batch_size) for index in indices]
+
+    @property
+    def parts(self) -> list[Callable[[], object]]:
+        """Answer the documents of each part."""
+        starts = range(0, len(self._read), self._per_part)
+        return [partial(self._wrapper._answers, self._read[first : first + self._per_part]) for first in starts]
+
+    def end(self) -> None:
+        """Make the tables, measure the divergence, write the files."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_run(Path(folder), "20260101_000000", assemble(self._wrapper._recorder.observed))
 
 
 def stock(requests: Requests, pretrained: Path) -> Callable[[], object]:
