@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
-from timing import Measured, paired
+from timing import Measured, paired, seconds
 
 from lmms_keyspace import divergence, stats
 from lmms_keyspace.divergence.side_by_side import kernel_sums_by_estimator
 
 HEADS, WIDTH, TOKENS_OF_AN_IMAGE = 2, 128, 32
+LLAVA_7B_SECONDS = 60  # in which a GPU is to do all layers and heads
 
 
 class Keys:
-    """Two clouds of `tokens` Gaussian keys a side for two heads of width 128, 32 tokens an image; y may be shifted."""
+    """Two clouds of `tokens` Gaussian keys a side by head, of width 128, 32 tokens an image; y may be shifted."""
 
-    def __init__(self, tokens: int, device: torch.device, shift: float = 0.0) -> None:
+    def __init__(self, tokens: int, device: torch.device, shift: float = 0.0, heads: int = HEADS) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.x, self.y = (torch.randn(HEADS, tokens, WIDTH, generator=generator).to(device) for _ in range(2))
+        self.x, self.y = (torch.randn(heads, tokens, WIDTH, generator=generator).to(device) for _ in range(2))
         self.y += shift
         self.groups = np.repeat(np.arange(tokens // TOKENS_OF_AN_IMAGE), TOKENS_OF_AN_IMAGE)
 
@@ -88,22 +90,42 @@ def all_kernels_4096(device: torch.device, rounds: int) -> Measured:
 
 
 def hyppo_mmd_4096(device: torch.device, rounds: int) -> Measured:
-    """hyppo's MMD without permutations over `mmd2` with its interval and 1,000 permutations, one head. CPU."""
+    """hyppo's `MMD` with `reps=0` over the value of `mmd2`, each with its own bandwidth: one head, single tokens. CPU.
+
+    hyppo is called once on these keys, after a call on few that has numba compile it. Its `test` computes the statistic
+    twice and holds several float64 matrices of 8,192 x 8,192.
+    """
     from hyppo.ksample import MMD
 
-    keys = Keys(4096, torch.device("cpu"))
-    x, y = keys.x[:1], keys.y[:1]
-    bandwidth2 = divergence.median_bandwidth2(x, y)
+    def theirs(tokens: int) -> float:
+        x, y = keys.x[0, :tokens].numpy(), keys.y[0, :tokens].numpy()
+        return seconds(lambda: MMD(compute_kernel="gaussian").test(x, y, reps=0), cpu)
 
-    def ours() -> None:
-        sums = divergence.kernel_sums(x, y, groups_x=keys.groups, groups_y=keys.groups, bandwidth2=bandwidth2)
-        stats.permutation_test(sums)
-        stats.mmd2_jackknife(sums)
+    cpu = torch.device("cpu")
+    keys = Keys(4096, cpu, heads=1)
+    theirs(TOKENS_OF_AN_IMAGE)
+    ours = [seconds(lambda: divergence.mmd2(keys.x, keys.y), cpu) for _ in range(rounds + 1)][1:]
+    slow = theirs(4096)
+    note = f"one call of hyppo, {slow:.1f} s; `mmd2` {float(np.median(ours)):.2f} s"
+    return Measured([slow / fast for fast in ours], [after / before for before, after in pairwise(ours)], note)
 
-    def theirs() -> None:
-        MMD(compute_kernel="gaussian").test(x[0].numpy(), y[0].numpy(), reps=0)
 
-    return paired(lambda: theirs, lambda: ours, torch.device("cpu"), min(rounds, 3))
+def robust_llava_7b(
+    device: torch.device, rounds: int, *, layers: int = 32, heads: int = 32, tokens: int = 2048
+) -> Measured:
+    """Seconds of the `robust` protocol over 60: MMD part and classifier of every layer of LLaVA-1.5-7B's shape."""
+    totals = []
+    for _ in range(rounds + 1):
+        total = 0.0
+        for _ in range(layers):
+            keys = Keys(tokens, device, shift=0.1, heads=heads)
+            total += seconds(keys.mmd_part, device) + seconds(keys.classifier, device)
+        totals.append(total)
+    timed = totals[1:]  # libraries are loaded in the first round
+    note = f"{layers} layers x {heads} heads x ({tokens} + {tokens}) tokens: {float(np.median(timed)):.1f} s"
+    return Measured(
+        [total / LLAVA_7B_SECONDS for total in timed], [after / before for before, after in pairwise(timed)], note
+    )
 
 
 def kernel_memory_4096(device: torch.device, rounds: int) -> Measured:

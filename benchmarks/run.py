@@ -39,8 +39,9 @@ CASES = {
     "classifier_apart_2048": "estimators",
     "hyppo_mmd_4096": "estimators",
     "kernel_memory_4096": "estimators",
+    "robust_llava_7b": "estimators",
 }
-NEEDS_GPU = {"capture_llava_7b", "training_step_llava_7b"}
+NEEDS_GPU = {"capture_llava_7b", "training_step_llava_7b", "robust_llava_7b"}
 
 
 def row(case: str, device: torch.device, rounds: int) -> dict[str, object]:
@@ -48,10 +49,9 @@ def row(case: str, device: torch.device, rounds: int) -> dict[str, object]:
     if case in NEEDS_GPU and device.type != "cuda":
         return {"case": case, "note": "not run: no GPU at hand"}
     try:
-        module = importlib.import_module(CASES[case])
+        measured = getattr(importlib.import_module(CASES[case]), case)(device, rounds)
     except ModuleNotFoundError as missing:
         return {"case": case, "note": f"not run: {missing.name} is not installed"}
-    measured = getattr(module, case)(device, rounds)
     return {"case": case, "ratios": measured.ratios, "noise": measured.noise, "note": measured.note}
 
 
