@@ -74,6 +74,20 @@ def test_two_copies_of_a_single_row_count_once(settings, implementation):
     torch.testing.assert_close(keys_of(model, [ROW], **settings), keys_of(model, [ROW], do_sample=False))
 
 
+def test_random_keys_of_a_prompt_in_chunks_are_those_of_the_whole(llava):
+    """A chunk of 3 leaves a rest of 1 or 2; rows of unlike length start inside of a chunk."""
+    rows = text_rows("USER: w1 w2 w3 w4 ? ASSISTANT:", "USER: w5 ?")
+    found = []
+    for settings in ({}, {"prefill_chunk_size": 3}):
+        capture = Capture(llava, decoder_sites(llava), spaces=("k_rand",))
+        with capture.batch(rows), torch.inference_mode():
+            inputs = left_padded([row.input_ids for row in rows])
+            llava.generate(**inputs, max_new_tokens=2, do_sample=False, **settings)
+        found.append(capture.keys("toy", space="k_rand", layer=1)[0])
+    assert len(found[0]) == sum(row.input_ids.size for row in rows)
+    torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("strength", [1.0, 1e-3])
 def test_another_key_is_noticed_however_faint_keys_are(strength):
     """The self-check is relative to the keys."""
