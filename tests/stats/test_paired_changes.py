@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 from simulated_sums import clouds, sums_of
 
 from lmms_keyspace import stats
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import HeldOutLoss
+from lmms_keyspace.stats.paired import change_from_jackknife
 
 NAMES = tuple(f"c{i:02d}" for i in range(24))
 
@@ -77,6 +79,23 @@ def test_adjusted_for_layers_and_heads():
         *(replace(s, vv=s.vv[:1], tt=s.tt[:1], vt=s.vt[:1]) for s in (a, b)), n_resamples=20_000
     )
     assert alone.p_adjusted == pytest.approx(alone.p, abs=0.02)
+
+
+def test_p_and_band_are_those_of_t_tests_whose_values_change_sign():
+    """Against scipy, for a statistic that is a mean: its pseudo-values are the values."""
+    values = np.random.default_rng(0).normal(size=(3, 12)) * [[1], [2], [3]] + 0.8
+    deleted = (values.sum(axis=-1, keepdims=True) - values) / 11
+    change = change_from_jackknife(values.mean(axis=-1), deleted, level=0.9, n_resamples=400, seed=4)
+    signs = 2 * np.random.default_rng([4, 3]).integers(0, 2, size=(400, 1, 12)) - 1
+    largest = abs(ttest_1samp((values - values.mean(axis=-1, keepdims=True)) * signs, 0, axis=-1).statistic).max(
+        axis=-1
+    )
+    single = ttest_1samp(values, 0, axis=-1)
+    np.testing.assert_allclose(change.p, single.pvalue)
+    exceeded = (largest >= abs(single.statistic)[:, None]).sum(axis=-1)
+    np.testing.assert_allclose(change.p_adjusted, np.maximum((1 + exceeded) / 401, single.pvalue))
+    wide = np.quantile(largest, 0.9)
+    np.testing.assert_allclose(change.band_high - change.delta, wide * change.delta / single.statistic)
 
 
 def test_adjusted_p_keeps_the_rate_of_any_false_alarm():
