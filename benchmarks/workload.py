@@ -21,7 +21,7 @@ from transformers import (
 from lmms_keyspace import embedded, scenes
 from lmms_keyspace.capture import Capture, Row
 from lmms_keyspace.families import decoder_sites
-from lmms_keyspace.sampling import Sampler
+from lmms_keyspace.sampling import TEMPLATE_TOKENS, Sampler
 from lmms_keyspace.tokens import Labeler, Prompt
 
 NEW_TOKENS = 4
@@ -122,7 +122,7 @@ class Workload:
         """Tokens that can be sampled, as the wrapper counts them before the run."""
         decoder = decoder_sites(self.model)
         labeler = Labeler(self.processor.tokenizer, decoder.image_token_id).fit(self.prompts)
-        return sum(labeler.samplable(prompt, 32) for prompt in self.prompts)
+        return sum(labeler.samplable(prompt, 32, TEMPLATE_TOKENS) for prompt in self.prompts)
 
     def plain(self) -> Callable[[], None]:
         """Generation alone."""

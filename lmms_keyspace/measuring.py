@@ -14,7 +14,16 @@ from lmms_keyspace.divergence.arrays import Floats
 from lmms_keyspace.divergence.measure import N_PERMUTATIONS
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.key_source import KeySource
-from lmms_keyspace.records import DIVERGENCE_COLUMNS, TEXT, VISUAL, GramKey, HeldOutLoss, KernelSums, empty_table
+from lmms_keyspace.records import (
+    DIVERGENCE_COLUMNS,
+    TEMPLATE,
+    TEXT,
+    VISUAL,
+    GramKey,
+    HeldOutLoss,
+    KernelSums,
+    empty_table,
+)
 
 Bandwidths = dict[str, dict[str, dict[int, list[float]]]]  # task -> space -> layer -> squared, per KV head
 
@@ -113,6 +122,8 @@ class Measuring:
             )
             whole = [self.source.keys(task, condition, space, layer, modality) for modality in sides]
             has_sinks = any(len(keys) > len(kept) for (keys, _), kept in zip(whole, (visual, text), strict=True))
+            template = [self._keys(task, condition, space, layer, modality) for modality in TEMPLATE]
+            around = torch.cat([keys for keys, _ in template])
             unrotated = [self._keys(task, condition, "k_pre", layer, side)[0] for side in sides]
             base = [
                 self._keys(task, condition, space, layer, side, reference=True)[0] for side in sides * self.reference
@@ -132,6 +143,7 @@ class Measuring:
                 unrotated=(unrotated[0], unrotated[1]) if space == "k_post" else None,
                 base=(base[0], base[1]) if base else None,
                 with_sinks=(whole[0], whole[1]) if has_sinks else None,
+                template=(around, [name for _, names in template for name in names]) if len(around) else None,
             )
 
     def _keys(

@@ -26,6 +26,8 @@ VISUAL, TEXT, BOILERPLATE, SPECIAL, BOS, SINK, PADDING = MODALITIES = (
     "sink",
     "padding",
 )
+# What the model's input has around the document's own words; a few of these tokens are captured, as a control.
+TEMPLATE = (BOILERPLATE, SPECIAL, BOS)
 # Where attention of the last prompt token goes. Text of a task that declares no segments is `question`;
 # `special` holds special, BOS and sink tokens.
 SEGMENTS = ("image", "hint", "question", "options", "boilerplate", "special")
@@ -34,10 +36,11 @@ SEGMENTS = ("image", "hint", "question", "options", "boilerplate", "special")
 SPACES = ("k_pre", "k_post", "q", "v", "k_rand")
 # Contrasts of the divergence table. The split-half baselines compare one modality with itself, split by cluster.
 VISUAL_TEXT, VISUAL_VISUAL, TEXT_TEXT = CONTRASTS = ("visual-text", "visual-visual", "text-text")
-# Controls: attention sinks left in; as many visual as text tokens in every cluster; content shuffled over the places of
-# rotated keys; text of a task against text of another one (`text-text:<other task>`); keys of base and adapted model at
-# the same tokens.
-WITH_SINKS, EQUAL_COUNTS, POSITION_NULL = "visual-text:with-sinks", "visual-text:equal-counts", "position-null"
+# Controls: attention sinks left in; template and special tokens counted as text; as many visual as text tokens in
+# every cluster; content shuffled over the places of rotated keys; text of a task against text of another one
+# (`text-text:<other task>`); keys of base and adapted model at the same tokens.
+WITH_SINKS, WITH_TEMPLATE = "visual-text:with-sinks", "visual-text:with-template"
+EQUAL_COUNTS, POSITION_NULL = "visual-text:equal-counts", "position-null"
 BASE_ADAPTED_VISUAL, BASE_ADAPTED_TEXT = "base-adapted:visual", "base-adapted:text"
 # The estimators that reports read; the others of the table stand beside them as an ablation.
 MAIN_ESTIMATORS = ("mmd2", "js_classifier", "paper_mmd", "paper_js_histogram")

@@ -13,8 +13,12 @@ from functools import lru_cache
 import numpy as np
 
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.records import MODALITIES, TEXT, VISUAL
+from lmms_keyspace.records import BOILERPLATE, MODALITIES, TEMPLATE, TEXT, VISUAL
 from lmms_keyspace.tokens import TokenLabels
+
+# Most template and special tokens of a document; they serve one control of the divergence table.
+TEMPLATE_TOKENS = 8
+_TEMPLATE = [MODALITIES.index(name) for name in TEMPLATE]
 
 
 def hash64(*parts: object) -> int:
@@ -52,7 +56,8 @@ class Sampler:
     Args:
         seed: any integer; one seed, one sample.
         clusters: clusters taken per task, all their conditions included.
-        tokens: tokens taken per modality and document.
+        tokens: visual and text tokens taken of a document, each; of template and special tokens together as many, but
+            at most `TEMPLATE_TOKENS`.
 
     Raises:
         InputError: `clusters` or `tokens` is below 1.
@@ -65,6 +70,7 @@ class Sampler:
         self.seed = seed
         self.clusters = clusters
         self.tokens = tokens
+        self.template_tokens = min(tokens, TEMPLATE_TOKENS)
         self._patches: dict[tuple[str, str, int], np.ndarray] = {}  # conditions of a cluster show equal images
 
     def choose_clusters(self, task: str, clusters: Iterable[str]) -> frozenset[str]:
@@ -72,31 +78,36 @@ class Sampler:
         ranked = sorted(set(clusters), key=lambda name: (hash64(self.seed, task, name), name))
         return frozenset(ranked[: self.clusters])
 
-    def choose_tokens(self, task: str, cluster: str, modality: str, positions: np.ndarray) -> np.ndarray:
-        """The `tokens` positions with the smallest hash, in ascending order.
+    def choose_tokens(
+        self, task: str, cluster: str, modality: str, positions: np.ndarray, limit: int | None = None
+    ) -> np.ndarray:
+        """The positions with the smallest hash, in ascending order.
 
         Args:
             task, cluster, modality: which hash; conditions of a cluster share it.
             positions: candidate positions, distinct and not negative.
+            limit: how many; None takes `tokens`.
         """
         positions = np.sort(np.asarray(positions, dtype=np.int64))
         base = np.uint64(hash64(self.seed, task, cluster, modality))
         order = np.argsort(mix64(mixed_positions(positions) ^ base), kind="stable")
-        return np.sort(positions[order[: self.tokens]])
+        return np.sort(positions[order[: self.tokens if limit is None else limit]])
 
     def choose_positions(self, task: str, cluster: str, labels: TokenLabels) -> np.ndarray:
-        """Positions in the unpadded prompt of the visual and text tokens to capture, ascending.
+        """Positions in the unpadded prompt of the tokens to capture, ascending.
 
-        Visual tokens are drawn by their rank among the prompt's visual tokens, text tokens by their place among the
-        others. So a condition that puts words before the image is captured at the same patches, and models that spend
-        unequal numbers of tokens on an image at the same words.
+        Visual tokens are drawn by their rank among the prompt's visual tokens, text and template tokens by their place
+        among the others. So a condition that puts words before the image is captured at the same patches, and models
+        that spend unequal numbers of tokens on an image at the same words.
         """
         is_visual = labels.modality_codes == MODALITIES.index(VISUAL)
         visual, others = np.flatnonzero(is_visual), np.flatnonzero(~is_visual)
-        text = np.flatnonzero(labels.modality_codes[others] == MODALITIES.index(TEXT))
+        codes = labels.modality_codes[others]
+        text, template = np.flatnonzero(codes == MODALITIES.index(TEXT)), np.flatnonzero(np.isin(codes, _TEMPLATE))
         name = (task, cluster, visual.size)
         if name not in self._patches:
             self._patches[name] = self.choose_tokens(task, cluster, VISUAL, np.arange(visual.size))
         patches = self._patches[name]
         words = self.choose_tokens(task, cluster, TEXT, text)
-        return np.sort(np.concatenate([visual[patches], others[words]]))
+        around = self.choose_tokens(task, cluster, BOILERPLATE, template, self.template_tokens)
+        return np.sort(np.concatenate([visual[patches], others[words], others[around]]))

@@ -19,7 +19,9 @@ from lmms_keyspace.model_wrappers.observed import Observed
 from lmms_keyspace.records import (
     ATTENTION_COLUMNS,
     OPTION_COLUMNS,
+    TEXT,
     TOKEN_COLUMNS,
+    VISUAL,
     RunData,
     RunRecord,
     TaskRecord,
@@ -85,15 +87,16 @@ def _measured(run: Observed, capture: Capture) -> Measured:
 def _kept_keys(
     run: Observed, capture: Capture, tokens: pd.DataFrame, *, reference: bool
 ) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
-    """The keys to save: everything with `keep_keys`, else a sample of tokens and layers.
+    """The keys to save: everything with `keep_keys`, else a sample of visual and text tokens, and of layers.
 
     Returns:
         The column `keys_row` of the token table, and task -> `<space>/<layer>[/base]` -> float32 keys.
     """
-    layers, limit = capture.layers, len(tokens)
+    layers, limit, wanted = capture.layers, len(tokens), np.ones(len(tokens), bool)
     if not run.arguments.keep_keys:
         spread = np.linspace(0, len(layers) - 1, min(PICTURE_LAYERS, len(layers))).round().astype(int)
         layers, limit = [layers[index] for index in sorted(set(spread.tolist()))], PICTURE_TOKENS
+        wanted = tokens["modality"].isin([VISUAL, TEXT]).to_numpy(bool)
     suffixes = {False: "", True: "/base"} if reference else {False: ""}
     keys_row = np.full(len(tokens), -1, np.int64)
     keys: dict[str, dict[str, np.ndarray]] = {}
@@ -101,8 +104,8 @@ def _kept_keys(
         rows = np.flatnonzero((tokens["task"] == task).to_numpy())
         if not len(rows):
             continue
-        names = [f"{token.doc_id}/{token.position}" for token in tokens.iloc[rows].itertuples()]
-        picked = np.flatnonzero(hash_ranks(names, run.arguments.seed, task) < limit)
+        names = [f"{token.doc_id}/{token.position}" for token in tokens.iloc[rows[wanted[rows]]].itertuples()]
+        picked = np.flatnonzero(wanted[rows])[hash_ranks(names, run.arguments.seed, task) < limit]
         keys_row[rows[picked]] = np.arange(len(picked))
         keys[task] = {
             f"{space}/{layer}{suffix}": _picked(capture.keys(task, None, space, layer, reference=base)[0], picked)

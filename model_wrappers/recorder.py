@@ -120,10 +120,10 @@ class Recorder:
             return
         for name, note in self._labeler.notes.items():
             logger.warning(f"{name}: {note}")
-        limit = self.observed.arguments.capture_tokens
+        limits = self._sampler.tokens, self._sampler.template_tokens
         selected = [p for task in tasks.values() for p in task.prompts.values() if p.cluster in task.chosen]
         memory = capture.memory_estimate(
-            sum(self._labeler.samplable(prompt, limit) for prompt in selected),
+            sum(self._labeler.samplable(prompt, *limits) for prompt in selected),
             selected=len(selected),
             documents=sum(len(task.prompts) for task in tasks.values()),
             reference=self.observed.second_pass,

@@ -222,6 +222,7 @@ def _divergence_rows(run: FakeRun, layer: int) -> list[dict[str, Any]]:
     }
     values = {
         ("visual-text", "mmd2"): 0.3 * run.gap * (1 - 0.2 * layer),
+        ("visual-text:with-template", "mmd2"): 0.2 * run.gap * (1 - 0.2 * layer),
         ("visual-visual", "mmd2"): 0.002,
         ("text-text", "mmd2"): 0.001,
         ("visual-text", "js_classifier"): _js(run),

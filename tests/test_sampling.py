@@ -98,8 +98,8 @@ def test_positions_take_the_same_patches_wherever_the_image_stands():
     back = labels(["bos"] + ["text"] * 9 + ["visual"] * 30)
     first = sampler.choose_positions("t", "c", front)
     second = sampler.choose_positions("t", "c", back)
-    assert first.size == second.size == 8
-    assert (first[first <= 30] - 1).tolist() == (second[second >= 10] - 10).tolist()
+    assert first.size == second.size == 9  # with the BOS token
+    assert (first[(first >= 1) & (first <= 30)] - 1).tolist() == (second[second >= 10] - 10).tolist()
 
 
 def test_positions_take_the_same_words_whatever_an_image_costs():
@@ -109,10 +109,16 @@ def test_positions_take_the_same_words_whatever_an_image_costs():
     assert (small[small >= 6] - 6).tolist() == (large[large >= 51] - 51).tolist()
 
 
-def test_positions_leave_out_everything_but_visual_and_text():
-    modality = ["bos", "special", "boilerplate", "visual", "visual", "text", "boilerplate", "text"]
-    assert Sampler(0).choose_positions("t", "c", labels(modality)).tolist() == [3, 4, 5, 7]
-    assert Sampler(0).choose_positions("t", "c", labels(["bos", "special"])).size == 0
+def test_positions_of_a_few_template_and_special_tokens_beside_the_same_visual_and_text_tokens():
+    around = ["bos", "special", *["boilerplate"] * 20]
+    content = ["visual"] * 40 + ["text"] * 40
+    labeled = labels(content + around)
+    chosen = Sampler(0).choose_positions("t", "c", labeled)
+    assert np.array_equal(chosen[chosen < 80], Sampler(0).choose_positions("t", "c", labels(content)))
+    assert (chosen >= 80).sum() == 8
+    assert (Sampler(0, tokens=3).choose_positions("t", "c", labeled) >= 80).sum() == 3
+    kinds = ["bos", "special", "boilerplate", "visual", "sink", "padding", "text"]
+    assert Sampler(0).choose_positions("t", "c", labels(kinds)).tolist() == [0, 1, 2, 3, 6]
 
 
 @pytest.mark.parametrize(

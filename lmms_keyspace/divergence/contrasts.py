@@ -32,6 +32,7 @@ class LayerKeys:
         unrotated: for `k_post`, `k_pre` of the visual and of the text tokens.
         base: keys of the base model at the same visual and text tokens.
         with_sinks: the visual and the text tokens with attention sinks among them, keys and clusters; None without any.
+        template: template and special tokens, keys and clusters; None without any.
     """
 
     layer: int
@@ -44,6 +45,7 @@ class LayerKeys:
     unrotated: tuple[Tensor, Tensor] | None = None
     base: tuple[Tensor, Tensor] | None = None
     with_sinks: tuple[tuple[Tensor, Sequence[str]], tuple[Tensor, Sequence[str]]] | None = None
+    template: tuple[Tensor, Sequence[str]] | None = None
 
     @property
     def width2(self) -> Floats:

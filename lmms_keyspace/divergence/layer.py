@@ -46,6 +46,7 @@ from lmms_keyspace.records import (
     VISUAL_TEXT,
     VISUAL_VISUAL,
     WITH_SINKS,
+    WITH_TEMPLATE,
     HeldOutLoss,
     KernelSums,
     text_against,
@@ -94,6 +95,8 @@ class LayerMeasurement:
         yield from computed_or_noted(EQUAL_COUNTS, [MMD2], self._equal_counts)
         if self._keys.with_sinks is not None:
             yield from computed_or_noted(WITH_SINKS, [MMD2], self._with_sinks)
+        if self._keys.template is not None:
+            yield from computed_or_noted(WITH_TEMPLATE, [MMD2], self._with_template)
         if self._keys.unrotated is not None:
             yield from computed_or_noted(POSITION_NULL, [MMD2], self._position_null)
         for other in self._keys.other_text:
@@ -176,6 +179,15 @@ class LayerMeasurement:
         sums = Clouds.of(visual, text, clusters_visual, clusters_text).sums(self._keys.width2)
         note = {"token_filter": "attention sinks left in"}
         return (row | note for row in kernel_rows(WITH_SINKS, {MMD2: sums}, seed=self._seed))
+
+    def _with_template(self) -> Iterator[Row]:
+        keys = self._keys
+        assert keys.template is not None
+        template, clusters = keys.template
+        text, clusters_text = torch.cat([keys.text, template]), [*keys.clusters_text, *clusters]
+        sums = Clouds.of(keys.visual, text, keys.clusters_visual, clusters_text).sums(keys.width2)
+        note = {"token_filter": "template and special tokens count as text"}
+        return (row | note for row in kernel_rows(WITH_TEMPLATE, {MMD2: sums}, seed=self._seed))
 
     def _position_null(self) -> Iterator[Row]:
         sums = position_null_sums(self._keys, self._seed)

@@ -179,17 +179,19 @@ class Labeler:
         places = image_places(_name(prompt), input_ids.size, images, image_grids)
         return TokenLabels(modality, segment, *places)
 
-    def samplable(self, prompt: Prompt, tokens: int) -> int:
-        """How many tokens of a prompt can be sampled at `tokens` per modality, as far as its text tells: an image is
-        taken to have that many.
+    def samplable(self, prompt: Prompt, tokens: int, template: int) -> int:
+        """How many tokens of a prompt can be sampled, as far as its text tells: an image is taken to have `tokens`.
 
         Args:
             prompt: of a task that was fitted.
+            tokens: most visual tokens, and most text tokens.
+            template: most of all others.
         """
         found = self._fitted[prompt.task].find(prompt) or self._fit_one(prompt)
         shows = found.placeholders > 0
-        words = int(np.count_nonzero((found.modality == _CODE[TEXT]) & ~shows))
-        return min(words, tokens) + (tokens if shows.any() else 0)
+        is_word = found.modality == _CODE[TEXT]
+        words, others = (int(np.count_nonzero(kind & ~shows)) for kind in (is_word, ~is_word))
+        return min(words, tokens) + min(others, template) + (tokens if shows.any() else 0)
 
     def _copied(self, ids: np.ndarray, tokens: _Tokens) -> tuple[np.ndarray, list[ImageRun]] | None:
         """As `_aligned` where the processor only repeated image tokens; None where it did more."""

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lmms_keyspace.published import UNKNOWN
-from lmms_keyspace.records import ALL_HEADS, CONTRASTS, TEXT_TEXT, VISUAL_TEXT, VISUAL_VISUAL
+from lmms_keyspace.records import (
+    ALL_HEADS,
+    CONTRASTS,
+    TEXT_TEXT,
+    VISUAL_TEXT,
+    VISUAL_VISUAL,
+    WITH_SINKS,
+    WITH_TEMPLATE,
+)
 from lmms_keyspace.reports import figures, wording
 from lmms_keyspace.reports.curves import divergence_table
 from lmms_keyspace.reports.load import Run
@@ -30,6 +38,7 @@ _CURVES = {
         "only that the modalities can be told apart: layers and runs are not to be ranked there.",
     ),
 }
+_PUT_BACK = {WITH_TEMPLATE: "Template and special tokens counted as text", WITH_SINKS: "Attention sinks left in"}
 _PUBLISHED = {"paper_mmd": ("MMD", MMD2), "paper_js_histogram": ("JS (nats)", NATS)}
 
 
@@ -68,7 +77,20 @@ def divergence(runs: Sequence[Run], task: str) -> Part | None:
         "adapted ones.",
         tuple(panels),
         (_contrasts(table),),
+        points=_put_back(table, order),
         frames={"divergence": table},
+    )
+
+
+def _put_back(table: pd.DataFrame, runs: Sequence[str]) -> tuple[str, ...]:
+    """What changes when tokens are counted that all other rows leave out, a sentence for each run."""
+    means = table[table["estimator"] == "mmd2"].groupby(["contrast", "run"])["value"].mean()
+    return tuple(
+        f"{what}, {run}: MMD² is {wording.number(means[contrast, run], MMD2)} instead of "
+        f"{wording.number(means[VISUAL_TEXT, run], MMD2)}, mean over layers."
+        for contrast, what in _PUT_BACK.items()
+        for run in runs
+        if {(contrast, run), (VISUAL_TEXT, run)} <= set(means.index)
     )
 
 

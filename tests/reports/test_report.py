@@ -106,6 +106,15 @@ def test_every_section_and_figure_is_there(page):
     assert "72 image and 72 text tokens; PCA to 16 dimensions keeps 100.0 %" in page.text
 
 
+def test_what_template_tokens_change_is_said_for_each_run(page, three_runs):
+    found = re.findall(
+        r"Template and special tokens counted as text, .*?: MMD² is ([\d.]+) instead of ([\d.]+),", page.text
+    )
+    assert len(found) == len(three_runs) == 3
+    for included, left_out in found:
+        assert float(included) == pytest.approx(float(left_out) * 2 / 3, abs=1e-3)
+
+
 def test_ids_are_unique_and_links_lead_somewhere(page):
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
