@@ -137,7 +137,7 @@ def test_a_reference_with_other_bandwidths_needs_keys_and_uses_its_own(runs, tmp
     }
     other = replace(base, record=base.record.model_copy(update={"bandwidths": doubled}))
     write_run(tmp_path / "other", base.record.date, other)
-    with pytest.raises(InputError, match="keep_keys=on"):
+    with pytest.raises(InputError, match=r"keep_keys=on\. Without keys there are mmd2 and js_classifier"):
         analyze(runs["bare"], reference=tmp_path / "other", out=tmp_path / "out")
     result = analyze(runs["adapted"], reference=tmp_path / "other", out=tmp_path / "out")
     rows = result.divergence[(result.divergence["head"] == "all") & (result.divergence["condition"] == "clean")]

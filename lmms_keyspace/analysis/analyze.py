@@ -26,6 +26,11 @@ from lmms_keyspace.store.files import write
 from lmms_keyspace.store.tables import table_bytes
 
 PROTOCOLS = ("robust", "paper", "both")
+# What `from_sums` gives.
+FROM_SUMS = (
+    "mmd2 and js_classifier of visual against text and of text against text of other tasks, and the split halves of "
+    "mmd2; not those of JS, nor other estimators, controls, spaces or bandwidths"
+)
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,9 @@ def analyze(
     """Compute tests, intervals, bands and changes of a finished run again.
 
     From the saved sums where they suffice, else from the keys: the paper's pipeline, spaces that were not measured, and
-    bandwidths of a reference run that are not those of the run. What is finished is kept beside the output, so that the
-    same call goes on after it was stopped. The result depends on the files, the arguments and the seed alone.
+    bandwidths of a reference run that are not those of the run. From sums there are fewer rows, see `FROM_SUMS`; the
+    run's own table keeps the others. What is finished is kept beside the output, so that the same call goes on after it
+    was stopped. The result depends on the files, the arguments and the seed alone.
 
     Args:
         run: folder of a run; the newest in it is taken.
@@ -139,7 +145,11 @@ class _Job:
 
     def _require_keys(self) -> None:
         """Keys that were not kept are an error before anything is computed."""
-        SavedKeys(self.data)
+        try:
+            SavedKeys(self.data)
+        except InputError as error:
+            way_out = f"{error.way_out}. Without keys there are {FROM_SUMS}"
+            raise InputError(error.argument, error.value, way_out) from error
         kept = {name.split("/")[0] for names in self.data.keys.values() for name in names}
         for space in self.spaces:
             if space not in kept:
