@@ -16,9 +16,8 @@ from adapter_models import EOS, IMAGE, IMAGE_SIZE, IMAGE_TOKENS
 from models import expanded, family_model, left_padded, tokenizer
 from peft import LoraConfig, get_peft_model
 
-from lmms_keyspace.capture import Capture, Row, last_query
-from lmms_keyspace.capture.captured import prefix_hashes
-from lmms_keyspace.capture.recording import CaptureError
+from lmms_keyspace.capture import Capture, CaptureError, Row, last_query
+from lmms_keyspace.capture.token_columns import prefix_hashes
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import FAMILIES, decoder_sites
 from lmms_keyspace.records import ALL_HEADS, ATTENTION_COLUMNS, SEGMENTS, TEXT, TOKEN_COLUMNS, VISUAL

@@ -16,9 +16,12 @@ from peft import PeftModel
 from torch import nn
 
 from lmms_keyspace.capture.attention import check_implementation
-from lmms_keyspace.capture.captured import AttentionStore, Gather, Row, TokenStore, attention_kinds
+from lmms_keyspace.capture.attention_store import AttentionStore
 from lmms_keyspace.capture.last_query import LastQueries
-from lmms_keyspace.capture.recording import CaptureError, Padded, Recording
+from lmms_keyspace.capture.recording import Recording
+from lmms_keyspace.capture.rows import CaptureError, Row
+from lmms_keyspace.capture.tables import Gather
+from lmms_keyspace.capture.token_store import TokenStore
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import Decoder, KeySite, refuse_compiled
 from lmms_keyspace.records import SPACES, TOKEN_COLUMNS
@@ -109,16 +112,14 @@ class Capture:
                 the prompt, or at the first batch a layer's attention used another key than the one captured.
         """
         self._tokens.refuse_repeats(rows)
-        padded = Padded([row.input_ids for row in rows])
-        kinds = attention_kinds(rows, padded)
-        last_queries = LastQueries(kinds)
-        recording = self._recording(rows, padded, last_queries, self_check=not self._checked)
+        last_queries = LastQueries(rows)
+        recording = self._recording(rows, last_queries, self_check=not self._checked)
         with recording.installed():
             yield
         recording.finish()
         self._checked = True
         self._tokens.add(rows, recording)
-        self._attention.add(rows, kinds, last_queries.measures(self.layers))
+        self._attention.add(last_queries)
 
     @contextmanager
     def reference_batch(
@@ -139,24 +140,15 @@ class Capture:
                 raise InputError("reference", "self", "the model has no adapter to disable; use reference=none")
             unchanged = self._model.disable_adapter()
         self._reference.refuse_repeats(rows)
-        padded = Padded([row.input_ids for row in rows])
-        recording = self._recording(rows, padded, None, self_check=False)
+        recording = self._recording(rows, None, self_check=False)
         with unchanged, recording.installed():
             yield
         recording.finish()
         self._reference.add(rows, recording)
 
-    def _recording(
-        self, rows: Sequence[Row], padded: Padded, last_queries: LastQueries | None, *, self_check: bool
-    ) -> Recording:
+    def _recording(self, rows: Sequence[Row], last_queries: LastQueries | None, *, self_check: bool) -> Recording:
         return Recording(
-            self._decoder,
-            self._sites,
-            self._spaces,
-            padded,
-            [row.positions for row in rows],
-            last_queries=last_queries,
-            self_check=self_check,
+            self._decoder, self._sites, self._spaces, rows, last_queries=last_queries, self_check=self_check
         )
 
     def keys(

@@ -1,121 +1,172 @@
-"""What the last prompt token attends to: exact softmax attention of one query, summed by kind of key.
+"""What the last prompt tokens of a batch look at: their scores and what the mask adds to them.
 
-No T x T matrix is made, and layers are summed up together: on a small model the number of operations is what counts.
+No T x T matrix is made. Layers, and batches, are summed up together: on a small model the number of operations is what
+counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
-from lmms_keyspace.records import SEGMENTS
+from lmms_keyspace.capture.measures import key_kinds, last_query_measures
+from lmms_keyspace.capture.rows import Row
 
-# What `last_query_measures` gives, in order; columns of the attention table.
-MEASURES = (
-    *(f"mass_{segment}" for segment in SEGMENTS),
-    "image_over_uniform",
-    "qk_visual",
-    "qk_text",
-    "lse_visual",
-    "lse_text",
-    "key_norm_visual",
-    "key_norm_text",
-)
-# Layers are summed up together while their scores have fewer entries than this (64 MB).
+# Scores of a batch wait for its other layers, and for other batches, while they have fewer entries than this (64 MB).
 _HELD = 1 << 24
 
 
+class _Scores(NamedTuple):
+    """Of some layers."""
+
+    layers: tuple[int, ...]
+    scores: torch.Tensor  # [L, B, H, P]
+    bias: torch.Tensor  # [L or 1, B or 1, H or 1, P]
+    key_norms: torch.Tensor  # [L, B, P, KV]
+
+    def together(self) -> tuple[object, ...]:
+        """Equal for scores that can be summed up together."""
+        return self.scores.device, self.scores.shape[2], self.key_norms.shape[3]
+
+    def widened(self, columns: int) -> _Scores:
+        """The same left padded to the columns of a longer batch, which are not looked at."""
+        more = (columns - self.scores.shape[3], 0)
+        bias = self.bias.expand(-1, self.scores.shape[1], -1, -1)
+        return self._replace(
+            scores=pad(self.scores, more),
+            bias=pad(bias, more, value=float("-inf")),
+            key_norms=pad(self.key_norms, (0, 0, *more)),
+        )
+
+
 class LastQueries:
-    """Collects the last prompt token's scores layer by layer.
+    """Collects the last prompt tokens' scores of one batch, some layers at a time.
 
     Args:
-        kinds: `[B, P, segments + 2]`, 1 where a key is of a segment of `SEGMENTS`, visual, or text; 0 on padding.
+        rows: the batch's; P is the length of its longest prompt.
     """
 
-    def __init__(self, kinds: np.ndarray) -> None:
-        self._kinds = torch.from_numpy(kinds)
-        self._pending: list[tuple[int, torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
-        self._biases: dict[tuple[int, int, int, int | None], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
-        self._measures: dict[int, torch.Tensor] = {}
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self._columns = max(row.input_ids.size for row in rows)
+        self._waiting: list[_Scores] = []
+        self._biases: dict[tuple[int, int, int, int | None], tuple[torch.Tensor | None, torch.Tensor]] = {}
+        self._measured: list[tuple[tuple[int, ...], torch.Tensor]] = []
+
+    @property
+    def entries(self) -> int:
+        """Scores that wait."""
+        return sum(waiting.scores.numel() for waiting in self._waiting)
 
     def add(
         self,
-        layer: int,
+        layers: Sequence[int],
         query: torch.Tensor,
         key: torch.Tensor,
-        mask: torch.Tensor | None,
+        masks: Sequence[torch.Tensor | None],
         key_norms: torch.Tensor,
         *,
         row: int,
         scaling: float,
-        sliding_window: int | None,
+        sliding_windows: Sequence[int | None],
     ) -> None:
-        """Take one layer: `query` `[B, H, d]`, `key` `[B, KV, n, d]`, the newest n of the P columns, `key_norms`
-        `[B, P, KV]`; the rest as in `last_query_bias`."""
-        columns, n = self._kinds.shape[1], key.shape[2]
+        """Take L layers: `query` `[L, B, H, d]`, `key` `[L, B, KV, n, d]`, the newest n of the P columns, `key_norms`
+        `[L, B, P, KV]`; the rest as in `last_query_bias`, by layer."""
+        n = key.shape[3]
         scores = last_query_scores(query, key, scaling)
-        name = (id(mask), row, n, sliding_window)
-        if name not in self._biases:  # layers share masks; the mask is kept so that its id stays its own
-            bias = last_query_bias(mask, row=row, n=n, sliding_window=sliding_window, device=key.device)
-            if n < columns:
-                bias = torch.zeros(1, 1, n, device=key.device) if bias is None else bias
-                bias = torch.nn.functional.pad(bias, (columns - n, 0), value=float("-inf"))
-            self._biases[name] = (mask, bias)
-        if n < columns:
-            scores = torch.nn.functional.pad(scores, (columns - n, 0))
-        self._pending.append((layer, scores, self._biases[name][1], key_norms))
-        if len(self._pending) * scores.numel() >= _HELD:
+        given = zip(masks, sliding_windows, strict=True)
+        biases = [self._bias(mask, row, n, window, key.device) for mask, window in given]
+        bias = biases[0] if all(other is biases[0] for other in biases) else _joined(biases, 0)
+        if n < self._columns:
+            scores = pad(scores, (self._columns - n, 0))
+        self._waiting.append(_Scores(tuple(layers), scores, bias, key_norms))
+        if self.entries >= _HELD:
             self._sum_up()
 
-    def layers(self) -> set[int]:
-        """The layers taken."""
-        return {*self._measures, *(pending[0] for pending in self._pending)}
+    def _bias(
+        self, mask: torch.Tensor | None, row: int, n: int, sliding_window: int | None, device: torch.device
+    ) -> torch.Tensor:
+        """`[1, B or 1, H or 1, P]`. Layers share masks; the mask is kept so that its id stays its own."""
+        name = (id(mask), row, n, sliding_window)
+        if name not in self._biases:
+            bias = last_query_bias(mask, row=row, n=n, sliding_window=sliding_window, device=device)
+            bias = torch.zeros(1, 1, n, device=device) if bias is None else bias
+            self._biases[name] = mask, pad(bias[None], (self._columns - n, 0), value=float("-inf"))
+        return self._biases[name][1]
 
-    def measures(self, layers: Sequence[int]) -> np.ndarray:
-        """`[L, B, 1 + KV, len(MEASURES)]` float32, see `last_query_measures`."""
+    def complete(self) -> None:
+        """No layer will be added: let go of the masks."""
+        self._biases.clear()
+
+    @staticmethod
+    def measures(batches: Sequence[LastQueries], layers: Sequence[int]) -> np.ndarray:
+        """`[L, B, 1 + KV, len(MEASURES)]` float32 of the rows of all batches, see `last_query_measures`."""
+        kinds = {tuple((scores.layers, scores.together()) for scores in batch._waiting) for batch in batches}
+        if len(batches) > 1 and len(kinds) == 1 and not any(batch._measured for batch in batches):
+            batches = [_one_batch(batches)]
+        return np.concatenate([batch._of_layers(layers) for batch in batches], axis=1)
+
+    def _of_layers(self, layers: Sequence[int]) -> np.ndarray:
         self._sum_up()
-        return torch.stack([self._measures[layer] for layer in layers]).cpu().numpy()
+        order = [layer for group, _ in self._measured for layer in group]
+        measured = np.concatenate([measures.cpu().numpy() for _, measures in self._measured])
+        return np.asarray(measured[[order.index(layer) for layer in layers]])
 
     def _sum_up(self) -> None:
-        if not self._pending:
-            return
-        layers, scores, biases, norms = zip(*self._pending, strict=True)
-        self._pending.clear()
-        device = scores[-1].device
-        same = all(bias is biases[0] for bias in biases)
-        summed = last_query_measures(
-            torch.stack([layer.to(device) for layer in scores]),
-            _stacked(biases[:1] if same else biases, device),
-            torch.stack([layer.to(device) for layer in norms]),
-            self._kinds.to(device),
-        )
-        self._measures.update(zip(layers, summed, strict=True))
+        kinds = torch.from_numpy(key_kinds(self.rows))
+        groups: dict[tuple[object, ...], list[_Scores]] = {}
+        for scores in self._waiting:
+            groups.setdefault(scores.together(), []).append(scores)
+        self._waiting.clear()
+        for group in groups.values():
+            biases = [part.bias for part in group]
+            same = len(biases[0]) == 1 and all(bias is biases[0] for bias in biases)
+            by_layer = [part.bias.expand(len(part.layers), -1, -1, -1) for part in group]
+            summed = last_query_measures(
+                torch.cat([part.scores for part in group]),
+                biases[0] if same else _joined(by_layer, 0),
+                torch.cat([part.key_norms for part in group]),
+                kinds.to(biases[0].device),
+            )
+            self._measured.append((tuple(layer for part in group for layer in part.layers), summed))
 
 
-def _stacked(biases: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
-    """`[L, B or 1, H or 1, P]`; None when there is nothing to add."""
-    given = [bias for bias in biases if bias is not None]
-    if not given:
-        return None
-    filled = [torch.zeros_like(given[0]) if bias is None else bias for bias in biases]
-    return torch.stack(torch.broadcast_tensors(*(bias.to(device) for bias in filled)))
+def _one_batch(batches: Sequence[LastQueries]) -> LastQueries:
+    """The batches as one, padded to the longest prompt of all."""
+    whole = LastQueries([row for batch in batches for row in batch.rows])
+    for parts in zip(*(batch._waiting for batch in batches), strict=True):
+        layers, scores, biases, norms = zip(*(part.widened(whole._columns) for part in parts), strict=True)
+        whole._waiting.append(_Scores(layers[0], torch.cat(scores, 1), _joined(biases, 1), torch.cat(norms, 1)))
+    return whole
+
+
+def _joined(tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    """Concatenated along an axis; the other axes are broadcast."""
+    shape = list(torch.broadcast_shapes(*(tensor.narrow(axis, 0, 1).shape for tensor in tensors)))
+    wide = []
+    for tensor in tensors:
+        shape[axis] = tensor.shape[axis]
+        wide.append(tensor.expand(shape))
+    return torch.cat(wide, axis)
 
 
 def last_query_scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
     """Scaled q.k of one query against all keys, in float32.
 
     Args:
-        query: `[B, H, d]`.
-        key: `[B, KV, n, d]`; H is a multiple of KV.
+        query: `[..., H, d]`.
+        key: `[..., KV, n, d]`; H is a multiple of KV.
 
     Returns:
-        `[B, H, n]`.
+        `[..., H, n]`.
     """
-    batch, heads, width = query.shape
-    grouped = query.reshape(batch, key.shape[1], -1, width).float() * scaling
-    return (grouped @ key.transpose(2, 3).float()).reshape(batch, heads, -1)
+    *leading, heads, width = query.shape
+    grouped = query.reshape(*leading, key.shape[-3], -1, width).float() * scaling
+    return (grouped @ key.transpose(-2, -1).float()).reshape(*leading, heads, -1)
 
 
 def last_query_bias(
@@ -147,37 +198,3 @@ def last_query_bias(
 
 def _minus_infinity(where: torch.Tensor) -> torch.Tensor:
     return torch.zeros(where.shape, device=where.device).masked_fill(where, float("-inf"))
-
-
-def last_query_measures(
-    scores: torch.Tensor, bias: torch.Tensor | None, key_norms: torch.Tensor, kinds: torch.Tensor
-) -> torch.Tensor:
-    """Exact softmax attention of the last prompt token, summed by kind of key, for several layers at once.
-
-    Args:
-        scores: `[L, B, H, P]` scaled q.k, float32.
-        bias: `[L or 1, B or 1, H or 1, P]` added by the mask, or None.
-        key_norms: `[L, B, P, KV]` Euclidean norms of k_pre.
-        kinds: `[B, P, segments + 2]`, 1 where a key is of a segment of `SEGMENTS`, visual, or text; 0 on padding.
-
-    Returns:
-        `[L, B, 1 + KV, len(MEASURES)]`: means over all query heads, then over the query heads of each KV head. Sums of
-        kinds that a row lacks are 0, means and log-sum-exps over them NaN, as is a log-sum-exp over masked keys alone.
-    """
-    batch, columns = scores.shape[1], scores.shape[3]
-    segments, sides = kinds[..., : len(SEGMENTS)], kinds[..., len(SEGMENTS) :]
-    logits = scores if bias is None else scores + bias
-    attention = logits.softmax(-1)
-    mass = attention @ segments
-    seen = segments.new_ones(1, 1, columns) if bias is None else (bias[:, :, 0] > float("-inf")).float()
-    shares = (seen * sides[..., 0]).sum(-1) / seen.expand(-1, batch, -1).sum(-1)
-    uniform = mass[..., :1] / shares[..., None, None]  # 0 / 0 without an image
-    counts = sides.sum(1)[:, None]
-    one_side = torch.zeros_like(sides).masked_fill(sides == 0, float("-inf")).transpose(1, 2)[:, None]
-    lse = (logits[..., None, :] + one_side).logsumexp(-1)
-    lse = lse.masked_fill(lse == float("-inf"), float("nan"))
-    by_head = torch.cat([mass, uniform, scores @ sides / counts, lse], dim=-1)
-    by_kv_head = by_head.unflatten(2, (key_norms.shape[-1], -1)).mean(3)
-    norms = key_norms.transpose(2, 3) @ sides / counts
-    measures = torch.cat([by_kv_head, norms], dim=-1)
-    return torch.cat([measures.mean(2, keepdim=True), measures], dim=2)

@@ -3,8 +3,9 @@
 A column is an index into the left-padded prompt of P tokens, which is the cache index of its key. Each layer's key
 module counts the columns that went through it, so chunks of a prefill are told from decoding steps without the cache.
 
-The hooks do little, because they are paid for at every layer of every batch, and they are gone once the prompt is
-through: decoding runs without them (but for the wrapped attention function, which then passes everything on).
+The hooks do little, because they are paid for at every layer of every batch: they keep what a layer handed over, and
+layers are looked at together while they are small. They are gone once the prompt is through: decoding runs without
+them (but for the wrapped attention function, which then passes everything on).
 """
 
 from __future__ import annotations
@@ -20,41 +21,15 @@ from torch import nn
 
 from lmms_keyspace.capture.attention import observed_attention
 from lmms_keyspace.capture.last_query import LastQueries
+from lmms_keyspace.capture.rope_check import RopeCheck
+from lmms_keyspace.capture.rows import CaptureError, Padded, Row
 from lmms_keyspace.capture.sinks import can_have_sinks, is_sink
 from lmms_keyspace.families import Decoder, KeySite
 from lmms_keyspace.random_keys import projection_of, random_keys
 
-# Largest difference between a rotated key and the one that attention got, relative to the largest key entry.
-_ROPE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-class CaptureError(RuntimeError):
-    """What the hooks saw is not what was announced; nothing of the batch can be trusted."""
-
-
-class Padded:
-    """Rows of a batch as the model gets them: left padded to the P columns of the longest.
-
-    Attributes:
-        width: P.
-        padding: `[B]` columns of padding.
-        own: `[B, P]` False on padding.
-        input_ids: `[B, P]`, -1 on padding.
-    """
-
-    def __init__(self, input_ids: Sequence[np.ndarray]) -> None:
-        sizes = np.array([ids.size for ids in input_ids])
-        self.width = int(sizes.max())
-        self.padding = self.width - sizes
-        self.own = np.arange(self.width) >= self.padding[:, None]
-        self.input_ids = self.place(input_ids, -1)
-
-    def place(self, rows: Sequence[np.ndarray], padding: int) -> np.ndarray:
-        """`[B, P]` from one array per row."""
-        joined = np.concatenate(rows)
-        table = np.full(self.own.shape, padding, joined.dtype)
-        table[self.own] = joined
-        return table
+# Layers are looked at together while their keys have fewer entries than this (2 MB): beyond it, copying them side by
+# side costs more than it saves.
+_TOGETHER = 1 << 19
 
 
 class _Span(NamedTuple):
@@ -65,14 +40,31 @@ class _Span(NamedTuple):
     length: int
 
 
+class _Layer(NamedTuple):
+    """What one layer handed over in one call of the model."""
+
+    site: KeySite
+    span: _Span
+    keys: torch.Tensor  # [B, n, KV, d] that enter RoPE
+    query: torch.Tensor  # this and the rest as the attention function received it
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float
+    sliding_window: int | None
+
+    def like(self) -> tuple[object, ...]:
+        """Equal for layers that can be looked at together."""
+        return self.span, self.keys.shape, self.query.shape, self.key.shape, self.key.device, self.scaling
+
+
 class Recording:
     """Hooks of one batch.
 
     Args:
         sites: layers to record.
         spaces: vectors to record.
-        padded: the rows.
-        positions: per row, ascending positions of the tokens to record, N in all.
+        rows: of the batch, with N tokens to record in all.
         last_queries: takes what the last prompt token sees; None: attention and sinks are not looked at.
         self_check: whether to compare the rotated key with the one that attention gets.
     """
@@ -82,8 +74,7 @@ class Recording:
         decoder: Decoder,
         sites: Sequence[KeySite],
         spaces: Sequence[str],
-        padded: Padded,
-        positions: Sequence[np.ndarray],
+        rows: Sequence[Row],
         *,
         last_queries: LastQueries | None,
         self_check: bool,
@@ -93,15 +84,15 @@ class Recording:
         self._layers = {site.layer for site in sites}
         self._spaces = spaces
         self._last_queries = last_queries
-        self._self_check = self_check
-        self._padded = padded
-        self._width = padded.width
+        self._rope_check = RopeCheck(decoder) if self_check else None
+        self._padded = Padded(rows)
+        self._width = self._padded.width
         self._copies = 0  # model rows per row, known at the first call
-        self.rows = np.repeat(np.arange(len(positions)), [picked.size for picked in positions])  # [N]
-        self.columns = np.concatenate(positions) + padded.padding[self.rows]  # [N]
+        self.rows = np.repeat(np.arange(len(rows)), [row.positions.size for row in rows])  # [N]
+        self.columns = np.concatenate([row.positions for row in rows]) + self._padded.padding[self.rows]  # [N]
         self._handles: list[Any] = []
         self._seen: dict[int, int] = dict.fromkeys(self._layers, 0)
-        self._unfinished = len(sites)
+        self._attended: set[int] = set()  # layers whose attention got the last column
         self._span: dict[int, _Span | None] = {}
         self._places: dict[tuple[int, int, torch.device], tuple[np.ndarray, torch.Tensor, torch.Tensor]] = {}
         self._vectors: dict[tuple[str, int], list[torch.Tensor]] = defaultdict(list)
@@ -109,8 +100,8 @@ class Recording:
         self._norms: dict[int, list[torch.Tensor]] = defaultdict(list)
         self._sinks: list[tuple[np.ndarray, torch.Tensor]] = []
         self._rotary: dict[int, torch.Tensor] = {}
-        self._unrotated: dict[int, torch.Tensor] = {}
-        self._cos_sin: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._keys: dict[int, torch.Tensor] = {}
+        self._layers_waiting: list[_Layer] = []
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -126,8 +117,8 @@ class Recording:
                 if "k_rand" in self._spaces:
                     projection = projection_of(site)
                     self._handles.append(projection.register_forward_pre_hook(self._projection_hook(site)))
-                if self._self_check:
-                    hook = self._cos_sin_hook(site)
+                if self._rope_check is not None:
+                    hook = self._rope_check.hook(site)
                     self._handles.append(site.attention.register_forward_pre_hook(hook, with_kwargs=True))
                 if self.columns.size and self._last_queries is not None and can_have_sinks(self._decoder, site.layer):
                     hook = self._hidden_hook(site)
@@ -150,9 +141,11 @@ class Recording:
         short = [site.layer for site in self._sites if self._seen[site.layer] < self._width]
         if short:
             raise CaptureError(f"layers {short} gave keys for less than the prompt of {self._width} tokens")
-        blind = sorted(self._layers - self._last_queries.layers()) if self._last_queries is not None else []
+        blind = sorted(self._layers - self._attended)
         if blind:
             raise CaptureError(f"the attention function of layers {blind} was not called with the last prompt token")
+        if self._last_queries is not None:
+            self._last_queries.complete()
 
     def vectors(self) -> dict[tuple[str, int], torch.Tensor]:
         """(space, layer) -> `[N, heads, d]`, ordered by row and position."""
@@ -168,9 +161,9 @@ class Recording:
         """`[3, N]` rotary position ids (time, height, width) of the recorded tokens; equal where RoPE has one axis."""
         parts = [self._rotary[start] for start in sorted(self._rotary)]
         ids = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        lines = ids.cpu().numpy()
         # A model may give one line of positions for all its rows.
-        lines = np.broadcast_to(ids.cpu().numpy()[..., : self._width], (3, *self._padded.own.shape))
-        return np.asarray(lines[:, self.rows, self.columns])
+        return np.asarray(lines[:, self.rows if lines.shape[1] > 1 else 0, self.columns])
 
     def sinks(self) -> np.ndarray:
         """`[N]` whether a recorded token is an attention sink, see `sinks`."""
@@ -193,9 +186,9 @@ class Recording:
             return
         length = min(ids.shape[1], self._width)
         got = ids[:: self._copies, :length].cpu().numpy()
-        wrong = np.flatnonzero(((got != expected[:, :length]) & self._padded.own[:, :length]).any(1))
-        if wrong.size or ids.shape[1] > self._width:
-            at = int(wrong[0]) if wrong.size else 0
+        wrong = (got != expected[:, :length]) & self._padded.own[:, :length]
+        if ids.shape[1] > self._width or wrong.any():
+            at = int(wrong.any(1).argmax())
             raise CaptureError(
                 f"row {at} of the model's inputs is not the row announced to capture, or is not padded on the left"
             )
@@ -205,12 +198,6 @@ class Recording:
         if start < self._width:
             ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
             self._rotary[start] = ids.expand(3, *ids.shape[-2:])[:, :: self._copies]
-
-    def _cos_sin_hook(self, site: KeySite) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._cos_sin[site.layer] = kwargs["position_embeddings"]
-
-        return hook
 
     def _hidden_hook(self, site: KeySite) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -254,13 +241,8 @@ class Recording:
         if start >= self._width:
             self._span[site.layer] = None
             return
-        span = self._span[site.layer] = _Span(start, min(start + length, self._width), length)
-        self._take("k_pre", site, keys, span, start)
-        if self._last_queries is not None:
-            own = keys[:: self._copies, : span.stop - start]
-            self._norms[site.layer].append(torch.linalg.vector_norm(own, dim=-1, dtype=torch.float32))
-        if self._self_check:
-            self._unrotated[site.layer] = keys.transpose(1, 2)
+        self._span[site.layer] = _Span(start, min(start + length, self._width), length)
+        self._keys[site.layer] = keys
 
     @torch.no_grad()
     def _on_attention(
@@ -275,39 +257,83 @@ class Recording:
         span = self._span.pop(site.layer, None)
         if span is None:
             return
-        # A sliding cache gives the newest keys only; a static one gives empty places after them.
-        first = max(0, span.start + span.length - key.shape[2])
-        if self._self_check:
-            self._check_rope(site, key[:, :, span.start - first :][:, :, : span.length])
-        for space, vectors, offset in (("k_post", key, first), ("q", query, span.start), ("v", value, first)):
-            if space in self._spaces:
-                self._take(space, site, vectors.transpose(1, 2), span, offset)
-        if span.stop < self._width:
-            return
-        if self._last_queries is not None:
-            norms = self._norms.pop(site.layer)
-            row = self._width - 1 - span.start
-            scaling = kwargs.get("scaling")
-            self._last_queries.add(
-                site.layer,
-                query[:: self._copies, :, row],
-                key[:: self._copies, :, : self._width - first],
-                mask if mask is None or mask.shape[0] == 1 else mask[:: self._copies],
-                norms[0] if len(norms) == 1 else torch.cat(norms, dim=1),
-                row=row,
-                scaling=site.head_dim**-0.5 if scaling is None else scaling,
-                sliding_window=kwargs.get("sliding_window"),
-            )
-        self._unfinished -= 1
-        if not self._unfinished:
-            self._remove_hooks()
+        scaling = kwargs.get("scaling")
+        scaling = site.head_dim**-0.5 if scaling is None else scaling
+        keys, window = self._keys.pop(site.layer), kwargs.get("sliding_window")
+        layer = _Layer(site, span, keys, query, key, value, mask, scaling, window)
+        waiting = self._layers_waiting
+        entries = layer.keys.numel() + layer.key.numel()
+        if waiting and (waiting[0].like() != layer.like() or (len(waiting) + 1) * entries >= _TOGETHER):
+            self._look()
+        waiting.append(layer)
+        if span.stop == self._width:
+            self._attended.add(site.layer)
+        if site is self._sites[-1]:
+            self._look()
+            if span.stop == self._width:
+                self._remove_hooks()
 
-    def _take(self, space: str, site: KeySite, vectors: torch.Tensor, span: _Span, offset: int) -> None:
-        """Keep the recorded tokens of a span from `[B, n, heads, d]`, whose first entry is column `offset`."""
+    def _look(self) -> None:
+        """Keep what is wanted of the layers that wait, which are alike."""
+        waiting = self._layers_waiting
+        if not waiting:
+            return
+        layers, span = [layer.site.layer for layer in waiting], waiting[0].span
+        keys = _stacked([layer.keys for layer in waiting])  # [L, B, n, KV, d]
+        # A sliding cache gives the newest keys only; a static one gives empty places after them.
+        first = max(0, span.start + span.length - waiting[0].key.shape[2])
+        if self._rope_check is not None:
+            for layer in waiting:
+                received = layer.key[:, :, span.start - first :][:, :, : span.length]
+                self._rope_check.compare(layer.site, layer.keys, received)
+        self._take("k_pre", layers, keys, span, span.start)
+        for space, offset in (("k_post", first), ("q", span.start), ("v", first)):
+            if space in self._spaces:
+                name = {"k_post": "key", "q": "query", "v": "value"}[space]
+                vectors = _stacked([getattr(layer, name).transpose(1, 2) for layer in waiting])
+                self._take(space, layers, vectors, span, offset)
+        if self._last_queries is not None:
+            self._look_at_last_query(self._last_queries, waiting, keys, first)
+        waiting.clear()
+
+    def _look_at_last_query(
+        self, last_queries: LastQueries, waiting: Sequence[_Layer], keys: torch.Tensor, first: int
+    ) -> None:
+        layers, span = [layer.site.layer for layer in waiting], waiting[0].span
+        own = keys[:, :: self._copies, : span.stop - span.start]
+        norms = torch.linalg.vector_norm(own, dim=-1, dtype=torch.float32)  # [L, B, n, KV]
+        if span.start or span.stop < self._width:  # a chunk of the prompt
+            for layer, part in zip(layers, norms, strict=True):
+                self._norms[layer].append(part)
+            if span.stop < self._width:
+                return
+            norms = torch.stack([torch.cat(self._norms.pop(layer), dim=1) for layer in layers])
+        row = self._width - 1 - span.start
+        masks = [layer.mask for layer in waiting]
+        last_queries.add(
+            layers,
+            _stacked([layer.query[:: self._copies, :, row] for layer in waiting]),
+            _stacked([layer.key[:: self._copies, :, : self._width - first] for layer in waiting]),
+            [mask if mask is None or mask.shape[0] == 1 else mask[:: self._copies] for mask in masks],
+            norms,
+            row=row,
+            scaling=waiting[0].scaling,
+            sliding_windows=[layer.sliding_window for layer in waiting],
+        )
+
+    def _take(self, space: str, layers: Sequence[int], vectors: torch.Tensor, span: _Span, offset: int) -> None:
+        """Keep the recorded tokens of a span from `[L, B, n, heads, d]`, whose first entry is column `offset`."""
         places, rows, columns = self._within(span.start, span.stop, vectors.device)
-        if places.size:
-            self._order[space, site.layer].append(places)
-            self._vectors[space, site.layer].append(vectors[rows, columns - offset if offset else columns])
+        if not places.size:
+            return
+        columns = columns - offset if offset else columns
+        if vectors.is_contiguous():  # several times as fast
+            taken = vectors.flatten(1, 2).index_select(1, rows * vectors.shape[2] + columns)
+        else:
+            taken = vectors[:, rows, columns]
+        for layer, values in zip(layers, taken, strict=True):
+            self._order[space, layer].append(places)
+            self._vectors[space, layer].append(values)
 
     def _within(self, start: int, stop: int, device: torch.device) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
         """Recorded tokens in the columns [start, stop): their places among the N, model rows and columns."""
@@ -319,20 +345,7 @@ class Recording:
             self._places[start, stop, device] = known
         return known
 
-    def _check_rope(self, site: KeySite, received: torch.Tensor) -> None:
-        """The captured key, rotated as the architecture rotates, is the key that attention got."""
-        keys = self._unrotated.pop(site.layer)
-        _, rotated = site.apply_rope(keys, keys, *self._cos_sin.pop(site.layer))
-        if rotated.shape == received.shape:
-            scale = received.abs().amax().float()
-            difference = float((rotated.float() - received.float()).abs().amax() / scale.clamp(min=1e-30))
-            if difference <= _ROPE_TOLERANCE[received.dtype]:
-                return
-            found = f"they differ by {difference:.1e} of the largest entry"
-        else:
-            found = f"their shapes are {tuple(rotated.shape)} and {tuple(received.shape)}"
-        raise CaptureError(
-            f"layer {site.layer}: the captured key, rotated with the layer's own cos and sin, is not the key that its "
-            f"attention received ({found}); a Family for {self._decoder.architecture!r} in lmms_keyspace/families.py "
-            "that fits this model is needed"
-        )
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Along a new first axis; one tensor is not copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
