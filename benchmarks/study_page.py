@@ -264,16 +264,22 @@ def _bases(table: pd.DataFrame, bases: list[str]) -> list[str]:
     lines = ["## On other bases", ""]
     if len(bases) == 1:
         return [*lines, "Not run: `--base NAME=FOLDER` adds a base that the builder made from another seed.", ""]
-    lines += [f"{OTHERS_DATA}, less {CONTROL}, 95 % intervals over seeds within a base.", ""]
-    lines += ["| base | arm | flip rate | clean accuracy | " + OUTCOMES[INDEPENDENT] + " |", "|---" * 5 + "|"]
+    lines += [
+        f"{OTHERS_DATA}, less {CONTROL}, 95 % intervals over seeds of a base. The builder's seeds were fixed before. "
+        "A base that hardly follows misleading text leaves little to change.",
+        "",
+    ]
+    lines += ["| base | its own flip rate | arm | flip rate | clean accuracy | " + OUTCOMES[INDEPENDENT] + " |"]
+    lines.append("|---" * 6 + "|")
     for base in bases:
         own = table[table["base"] == base]
+        (before,) = own[own["arm"] == BASE]["text_flip_rate"]
         for arm in HEADLINE[1:]:
             cells = [
                 _text(paired(own, arm, CONTROL, OTHERS_DATA, outcome))
                 for outcome in ("text_flip_rate", "clean_acc", INDEPENDENT)
             ]
-            lines.append(f"| {base} | {arm} | {' | '.join(cells)} |")
+            lines.append(f"| {base} | {before:.3f} | {arm} | {' | '.join(cells)} |")
     for arm in HEADLINE[1:]:
         each = [
             paired(table[table["base"] == base], arm, CONTROL, OTHERS_DATA, "text_flip_rate").difference

@@ -84,9 +84,9 @@ def relation(runs: Sequence[Run], task: str, comparison: pd.DataFrame) -> Part |
         "Accuracy against divergence",
         "Do the runs whose keys lie closer together also answer better?",
         panels,
-        warning=f"{len(labels)} runs are {len(labels)} points, and they share documents, base model and often training "
-        "data. Whatever line could be drawn through them shows what moved together in these runs; it cannot show that "
-        "one caused the other, nor that the next run will lie on it. Layers of one run are no further evidence. So no "
-        "coefficient is printed: the paired changes above and the link document by document are the evidence.",
+        warning=f"A run is one point (here: {len(labels)}), and runs share documents, base model and often training "
+        "data. Whatever line could be drawn through the points shows what moved together in these runs; it cannot show "
+        "that one caused the other, nor that the next run will lie on it. Layers of one run are no further evidence. "
+        "So no coefficient is printed: the paired changes above and the link document by document are the evidence.",
         frames={"accuracy_against_divergence": pd.concat([over_runs.assign(layer=-1), over_layers], ignore_index=True)},
     )
