@@ -1,226 +1,63 @@
-"""What becomes of damaged files: run folders are corrupted at random and every command that reads them is tried.
+"""Faults on purpose: files are damaged, stages are killed, disks are full, and what the commands make of it.
 
-    python benchmarks/faults.py RUN RUN [--n 1000] [--seed 0]
+    python benchmarks/faults.py corruptions RUN RUN [--n 1000] [--seed 0] [--log FILE]
+    python benchmarks/faults.py kills [--n 200] [--seed 0] [--log FILE]
+    python benchmarks/faults.py disks
 
-Each round copies the runs, damages one file, and runs one command on the copies, in the same interpreter. A fault is an
-exception that is not the one-line error of `lmms-keyspace`, a changed or new file outside the command's output folder,
-or a run that an output neither shows nor names as left out.
+A log has one line of JSON a round; the same command goes on after it. Exits 1 when there was a fault.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
-import io
-import json
-import random
-import shutil
-import struct
+import importlib
+import os
 import sys
 import tempfile
-import traceback
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
-from lmms_keyspace import cli
-from lmms_keyspace.reports import load_runs
-
-Corruption = Callable[[random.Random, Path, Path], None]  # draws, the file, a folder outside of the runs
+# Before torch is imported: processes are forked, and many stand beside each other.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
-@dataclass(frozen=True)
-class Round:
-    """One damaged file and what one command made of it; `fault` is empty when all was well."""
-
-    corruption: str
-    file: str
-    command: str
-    exit_code: int | None
-    fault: str
-
-
-def truncated(draw: random.Random, path: Path, outside: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: draw.randrange(len(content) + 1)])
+def kills(given: argparse.Namespace) -> int:
+    fault_kills = importlib.import_module("fault_kills")
+    with tempfile.TemporaryDirectory() as folder:
+        found = list(fault_kills.rounds(Path(folder), given.n, given.seed, given.log))
+    print(fault_kills.table(found))
+    faults = [one for one in found if one.wrong_read or one.lost or one.hang or one.again]
+    for one in faults:
+        print(f"\nround {one.number}, {one.stage}, {one.signal} by {one.moment}:")
+        print("\n".join(filter(None, (one.wrong_read, one.lost, one.hang, one.again))))
+    print(f"{len(faults)} faults in {sum(one.killed for one in found)} kills")
+    return len(faults)
 
 
-def flipped(draw: random.Random, path: Path, outside: Path) -> None:
-    content = bytearray(path.read_bytes())
-    for _ in range(draw.randint(1, 8)):
-        if content:
-            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    path.write_bytes(content)
-
-
-def overwritten(draw: random.Random, path: Path, outside: Path) -> None:
-    path.write_bytes(draw.randbytes(draw.choice((0, 1, 8, 100, 10_000))))
-
-
-def swapped(draw: random.Random, path: Path, outside: Path) -> None:
-    """The content of another file of any run."""
-    others = [file for file in path.parents[1].rglob("*") if file.is_file() and file != path]
-    shutil.copyfile(draw.choice(others), path)
-
-
-def linked_outside(draw: random.Random, path: Path, outside: Path) -> None:
-    target = outside / path.name
-    shutil.copyfile(path, target)
-    path.unlink()
-    path.symlink_to(target)
-
-
-def dangling(draw: random.Random, path: Path, outside: Path) -> None:
-    path.unlink()
-    path.symlink_to(outside / "nothing")
-
-
-def removed(draw: random.Random, path: Path, outside: Path) -> None:
-    path.unlink()
-
-
-def turned_into_a_folder(draw: random.Random, path: Path, outside: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def huge_header(draw: random.Random, path: Path, outside: Path) -> None:
-    """Safetensors begin with the header's length: here a terabyte, or tensors that reach a terabyte."""
-    if draw.random() < 0.5:
-        path.write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
-    else:
-        entry = {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}
-        header = json.dumps({"x": entry}).encode()
-        path.write_bytes(struct.pack("<Q", len(header)) + header)
-
-
-def foreign_table(draw: random.Random, path: Path, outside: Path) -> None:
-    """Parquet of another schema; under another name, a file that is no JSON."""
-    pd.DataFrame({"task": ["a", None], "value": ["<script>", "1"], "layer": [float("nan"), 1e300]}).to_parquet(path)
-
-
-def hostile_json(draw: random.Random, path: Path, outside: Path) -> None:
-    path.write_text(
-        draw.choice(
-            (
-                "[" * 100_000,
-                "null",
-                '{"results": {"textbias_probe": {"score,none": NaN}}, "config": null}',
-                '{"schema_version": 1e999, "tasks": {"../../x": {}}}',
-                '{"schema_version": 10}',
-                '{"a": "\\ud800"}',
-            )
-        )
-    )
-
-
-CORRUPTIONS: tuple[Corruption, ...] = (
-    truncated,
-    flipped,
-    overwritten,
-    swapped,
-    linked_outside,
-    dangling,
-    removed,
-    turned_into_a_folder,
-    huge_header,
-    foreign_table,
-    hostile_json,
-)
-
-
-OF_ONE_RUN = ("freeze", "rescore")  # what they print is that run
-
-
-def commands(runs: Sequence[Path], out: Path) -> dict[str, list[str]]:
-    """Every command that reads run folders, with an output folder of its own."""
-    base, other = map(str, runs[:2])
-    return {
-        "compare": ["compare", base, other],
-        "compare --json": ["compare", base, other, "--json"],
-        "report": ["report", base, other, "--out", str(out)],
-        "leaderboard": ["leaderboard", base, other, "--out", str(out)],
-        "gate": ["gate", "--baseline", base, "--candidate", other, "--out", str(out)],
-        "freeze": ["gate", "--freeze", other, "--out", str(out / "baseline.parquet")],
-        "rescore": ["rescore", other],
-    }
-
-
-def try_corruption(runs: Sequence[Path], names: Sequence[str], seed: int) -> Round:
-    """Damage one file of copies of two runs, called `names` in outputs, and run one command; `seed` gives the draws."""
-    draw = random.Random(seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        root, outside, out = (Path(scratch) / name for name in ("runs", "outside", "out"))
-        outside.mkdir()
-        for number, run in enumerate(runs):
-            shutil.copytree(run, root / f"run{number}")
-        copies = sorted(root.iterdir())
-        victim = draw.choice(sorted(file for file in draw.choice(copies).rglob("*") if file.is_file()))
-        corruption = draw.choice(CORRUPTIONS)
-        corruption(draw, victim, outside)
-        before = _fingerprint(root, outside)
-        name, arguments = draw.choice(list(commands(copies, out).items()))
-        code, said, fault = _run(arguments)
-        if not fault and _fingerprint(root, outside) != before:
-            fault = "a file outside the output folder changed"
-        if not fault and code == 0:
-            said += "".join(file.read_text(errors="replace") for file in out.rglob("*.md"))
-            fault = "" if name in OF_ONE_RUN else _missing(said, names)
-        return Round(corruption.__name__, victim.name, name, code, fault)
-
-
-def _run(arguments: list[str]) -> tuple[int | None, str, str]:
-    """Exit status, what was printed, and the fault if the command let an exception through."""
-    printed, given = io.StringIO(), sys.argv
-    sys.argv = ["lmms-keyspace", *arguments]
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            cli.main()
-        return 0, printed.getvalue(), ""
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        return code, printed.getvalue(), "" if code in (0, 1, 2, 3) else f"exit {code}"
-    except BaseException:  # noqa: BLE001 - whatever comes through is what is looked for
-        return None, printed.getvalue(), traceback.format_exc(limit=-4)
-    finally:
-        sys.argv = given
-
-
-def _fingerprint(*folders: Path) -> dict[str, str]:
-    return {
-        str(file): str(file.readlink()) if file.is_symlink() else hashlib.sha256(file.read_bytes()).hexdigest()
-        for folder in folders
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() or file.is_symlink()
-    }
-
-
-def _missing(said: str, names: Sequence[str]) -> str:
-    """A run that is neither shown nor said to be left out."""
-    absent = [name for name in names if name not in said]
-    told = "left out" in said or "Not in the table" in said
-    return f"{absent} silently missing" if absent and not told else ""
+def corruptions(given: argparse.Namespace) -> int:
+    fault_corruptions = importlib.import_module("fault_corruptions")
+    found = fault_corruptions.rounds(given.runs, range(given.seed, given.seed + given.n), given.log)
+    print(fault_corruptions.table(found.values()))
+    faults = {seed: one for seed, one in found.items() if one.fault}
+    for seed, one in faults.items():
+        print(f"\nseed {seed}: {one.command} after {one.corruption} of {one.file}\n{one.fault}")
+    print(f"{len(faults)} faults in {len(found)} rounds")
+    return len(faults)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs=2)
-    parser.add_argument("--n", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0, help="first of the n consecutive seeds")
+    commands = parser.add_subparsers(required=True)
+    for command, n in ((corruptions, 1000), (kills, 200)):
+        one = commands.add_parser(command.__name__)
+        one.set_defaults(command=command)
+        one.add_argument("--n", type=int, default=n)
+        one.add_argument("--seed", type=int, default=0)
+        one.add_argument("--log", type=Path)
+        if command is corruptions:
+            one.add_argument("runs", type=Path, nargs=2)
     given = parser.parse_args()
-    names = [run.label for run in load_runs(given.runs).runs]
-    rounds = [try_corruption(given.runs, names, seed) for seed in range(given.seed, given.seed + given.n)]
-    for found, count in sorted(Counter((one.corruption, one.exit_code) for one in rounds).items(), key=str):
-        print(f"{found[0]:24} exit {found[1]!s:5} {count}")
-    faults = [(number, one) for number, one in enumerate(rounds, given.seed) if one.fault]
-    for seed, one in faults:
-        print(f"\nseed {seed}: {one.command} after {one.corruption} of {one.file}\n{one.fault}")
-    print(f"{len(faults)} faults in {len(rounds)} rounds")
-    sys.exit(bool(faults))
+    os.environ |= ENVIRONMENT
+    sys.exit(bool(given.command(given)))
 
 
 if __name__ == "__main__":

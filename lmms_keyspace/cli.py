@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lmms_keyspace import __version__
 from lmms_keyspace.errors import InputError
+from lmms_keyspace.processes import terminable
 
 app = typer.Typer(
     help="Join accuracy with attention key-space divergence over lmms-eval runs.",
@@ -229,7 +230,8 @@ def doctor() -> None:
 def main() -> None:
     """Console script: a user's mistake is one line on standard error and exit status 2, not a traceback."""
     try:
-        app()
+        with terminable():  # or SIGTERM would leave temporary files
+            app()
     except InputError as error:
         print(f"lmms-keyspace: {error}", file=sys.stderr)
         sys.exit(2)

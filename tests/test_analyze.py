@@ -104,7 +104,7 @@ def test_the_change_from_the_reference_run(runs, tmp_path):
     assert missing["note"].str.startswith("not computable").all()
 
 
-def test_a_stopped_analysis_goes_on_where_it_was_and_ends_the_same(runs, tmp_path, monkeypatch):
+def test_a_stopped_analysis_goes_on_where_it_was_and_ends_the_same(runs, tmp_path, monkeypatch, caplog):
     settings = {"protocol": "both", "n_permutations": 20}
     whole = analyze(runs["adapted"], **settings, out=tmp_path / "whole")
     measured = []
@@ -124,10 +124,18 @@ def test_a_stopped_analysis_goes_on_where_it_was_and_ends_the_same(runs, tmp_pat
     again = analyze(
         runs["adapted"], **settings, out=tmp_path / "stopped", progress=lambda done, of: steps.append((done, of))
     )
+    assert "going on: 2 of 6 parts are there" in caplog.text
     assert steps == [(number, 6) for number in range(7)]
     assert len(measured) == 3 + 4  # two of the six parts were there
     pd.testing.assert_frame_equal(again.divergence, whole.divergence)
     assert [path.read_bytes() for path in again.files] == [path.read_bytes() for path in whole.files]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(runs, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Measuring, "part", lambda *_: pytest.fail("measured"))
+    with pytest.raises(InputError, match=r"out=.*this is a file"):
+        analyze(runs["adapted"], protocol="paper", out=tmp_path / "file")
 
 
 def test_a_reference_with_other_bandwidths_needs_keys_and_uses_its_own(runs, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -11,17 +10,18 @@ import pytest
 
 from lmms_keyspace.reports import load_runs
 
-_FILE = Path(__file__).parents[1] / "benchmarks" / "faults.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def faults():
-    spec = importlib.util.spec_from_file_location("faults", _FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["faults"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["faults"]
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import fault_corruptions
+
+        yield fault_corruptions
+    finally:
+        sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +45,13 @@ def test_a_fault_would_be_found(faults, runs, monkeypatch):
 
     monkeypatch.setattr(faults.cli, "main", lambda: broken([]))
     assert "KeyError" in faults.try_corruption(runs, ["a", "b"], 0).fault
+
+
+def test_a_log_goes_on_where_it_was(faults, runs, tmp_path, monkeypatch):
+    log = tmp_path / "log.jsonl"
+    first = faults.rounds(runs, range(2), log)
+    tried = []
+    monkeypatch.setattr(faults, "try_corruption", lambda runs, names, seed: tried.append(seed) or first[0])
+    assert faults.rounds(runs, range(3), log) == {**first, 2: first[0]}
+    assert tried == [2]
+    assert len(log.read_text().splitlines()) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from lmms_keyspace.key_source import SavedKeys
 from lmms_keyspace.measuring import Bandwidths, Measuring
 from lmms_keyspace.records import CHANGE_COLUMNS, DIVERGENCE_COLUMNS, RunData, empty_table
 from lmms_keyspace.store import RunFiles, find_runs, read_run
-from lmms_keyspace.store.files import write
+from lmms_keyspace.store.files import require_writable, write
 from lmms_keyspace.store.tables import table_bytes
 
 PROTOCOLS = ("robust", "paper", "both")
@@ -71,7 +72,8 @@ def analyze(
         progress: called with the parts that are done and their number.
 
     Raises:
-        InputError: no such run, a run without capture, keys that are needed and were not kept.
+        InputError: no such run, a run without capture, keys that are needed and were not kept, a folder that cannot be
+            written.
     """
     if protocol not in PROTOCOLS:
         raise InputError("protocol", protocol, f"choose one of {', '.join(PROTOCOLS)}")
@@ -79,7 +81,9 @@ def analyze(
         raise InputError("permutations", n_permutations, "give a positive number of permutations")
     job = _Job(run, protocol, reference, spaces, n_permutations, seed)
     folder = job.files.folder / "analysis" if out is None else out
-    parts = Parts(folder / "parts", job.settings)
+    parts = Parts(require_writable("out", folder) / "parts", job.settings)
+    if finished := sum(parts.has(*name) for name in job.names):
+        logging.getLogger(__name__).warning("going on: %d of %d parts are there", finished, len(job.names))
     tables, changed = [empty_table(DIVERGENCE_COLUMNS)], [empty_table(CHANGE_COLUMNS)]
     for number, name in enumerate(job.names):
         progress(number, len(job.names))

@@ -28,12 +28,15 @@ class Parts:
         self._root = folder
         self._folder = folder / _digest(json.dumps(settings, sort_keys=True))
 
+    def has(self, *name: str) -> bool:
+        """Whether the part of that name was finished: its table is written last."""
+        return self._stem(name).with_suffix(".parquet").exists()
+
     def load(self, *name: str) -> Measurement | None:
         """The part of that name, if it was finished; sums and losses are read when they are asked for."""
-        stem = self._stem(name)
-        # The table is written last.
-        if not stem.with_suffix(".parquet").exists():
+        if not self.has(*name):
             return None
+        stem = self._stem(name)
         return Measurement(
             read_table(stem.with_suffix(".parquet"), "divergence"),
             read_by_document(stem.with_suffix(".gram.safetensors"), KernelSums),

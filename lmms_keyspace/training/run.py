@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from lmms_keyspace import embedded, scenes
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.malora import check_adapter, check_targets, visual_token_ids
+from lmms_keyspace.store.files import require_writable, write
+from lmms_keyspace.training.checkpoints import last_whole, saving
 from lmms_keyspace.training.config import LossConfig, TrainingConfig, effective_loss, peft_config, training_arguments
 from lmms_keyspace.training.encoding import EncodedExamples
 from lmms_keyspace.training.evaluation import HeldOutScenes
@@ -80,7 +82,8 @@ def train(config: TrainingConfig, *, resume: bool = False) -> Path:
         held_out=HeldOutScenes(evaluation.items, evaluation.batch_size) if evaluation.every else None,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(config.output_dir))
+    with saving(config.output_dir):
+        trainer.save_model(str(config.output_dir))
     if arguments.should_save:
         (config.output_dir / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         _write_record(config, trainer, adapted, len(examples), time.perf_counter() - started)
@@ -91,12 +94,16 @@ def _checkpoint(folder: Path, resume: bool) -> str | None:
     """The checkpoint to go on from, or None for a new run in a folder that holds no other."""
     if (folder / RECORD).is_file():
         raise InputError("output_dir", str(folder), "it holds a finished run; give another folder.")
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = last_whole(folder)
     if resume and last is None:
         raise InputError("--resume", str(folder), "there is no checkpoint in it; start the run without --resume.")
     if not resume and last is not None:
         raise InputError("output_dir", str(folder), "it holds checkpoints; go on with --resume or give another folder.")
-    return last
+    require_writable("output_dir", folder)
+    if last is None:
+        return None
+    logging.getLogger(__name__).warning("going on from %s", last)
+    return str(last)
 
 
 def _examples(config: TrainingConfig) -> Sequence[Example]:
@@ -146,4 +153,4 @@ def _write_record(
         "generator_version": scenes.GENERATOR_VERSION,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "lmms-keyspace")},
     }
-    (config.output_dir / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    write(config.output_dir / RECORD, (json.dumps(record, indent=1) + "\n").encode())

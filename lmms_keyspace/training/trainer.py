@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lmms_keyspace.errors import InputError
 from lmms_keyspace.malora import visual_token_ids
 from lmms_keyspace.malora.losses import warmup
 from lmms_keyspace.malora.taps import key_taps, tapped
@@ -28,6 +30,7 @@ from lmms_keyspace.training.alignment import (
     mean_over_layers,
     summed_gates,
 )
+from lmms_keyspace.training.checkpoints import saving
 from lmms_keyspace.training.config import LossConfig
 from lmms_keyspace.training.encoding import EXAMPLE_ID, Collator
 
@@ -39,7 +42,8 @@ class AlignmentTrainer(Trainer):
     """Trains the active adapter of a PEFT model with cross-entropy, MMD^2 and Gram.
 
     The cross-entropy is the mean over the answer tokens of all ranks and accumulated batches; the terms compare tokens
-    of all ranks of one batch and are averaged over accumulated batches.
+    of all ranks of one batch and are averaged over accumulated batches. Without weights the terms are measured where a
+    batch has both modalities.
 
     Args:
         model: with an adapter on key projections.
@@ -89,8 +93,11 @@ class AlignmentTrainer(Trainer):
     def _calibration_batches(self) -> Iterator[tuple[Batch, Tensor]]:
         """The same examples whatever the number of ranks, so that ranks and resumed runs agree on the bandwidths."""
         examples: Any = self.train_dataset
+        visual_ids = torch.tensor(visual_token_ids(self.model.config))  # type: ignore[union-attr]
         ranks = hash_ranks([str(i) for i in range(len(examples))], self.args.seed, "calibration")
-        chosen = sorted(range(len(ranks)), key=ranks.__getitem__)[: self.loss.calibration_examples]
+        by_rank = sorted(range(len(ranks)), key=ranks.__getitem__)
+        pictured = (i for i in by_rank if torch.isin(examples[i]["input_ids"], visual_ids).any())
+        chosen = sorted(islice(pictured, self.loss.calibration_examples))
         size = self.args.per_device_train_batch_size
         for start in range(0, len(chosen), size):
             batch = self.data_collator([examples[i] for i in chosen[start : start + size]])
@@ -114,31 +121,35 @@ class AlignmentTrainer(Trainer):
         inputs = {name: self._placed(value) for name, value in inputs.items()}
         with tapped(self._taps):
             ce, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        sides = self._chooser.choose(inputs, example_ids, self.state.global_step)
-        terms = alignment_terms(self._taps, sides, self.loss, self.bandwidth2)
         # transformers has divided the cross-entropy by the tokens of all accumulated batches, or will divide the sum.
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        share = 1 / self.current_gradient_accumulation_steps if scaled else 1.0
-        lambda_mmd = self.loss.lambda_mmd * self._rise()
+        self._note_ce(ce.detach() if scaled else ce.detach() / self.current_gradient_accumulation_steps)
         loss = ce
-        if self.loss.lambda_mmd:
-            loss = loss + share * lambda_mmd * mean_over_layers(terms.mmd2)
-        if self.loss.lambda_gram:
-            loss = loss + share * self.loss.lambda_gram * mean_over_layers(terms.gram)
-        self._note(ce.detach() if scaled else ce.detach() / self.current_gradient_accumulation_steps, terms)
-        gates = summed_gates(self._taps, sides)
-        if gates is not None:
-            for name, (total, count) in zip(_GATES, gates, strict=True):
-                self._add({name: total, f"{name}_tokens": count})
+        sides = self._chooser.choose(inputs, example_ids, self.state.global_step)
+        if sides[0].n >= 2 or self.loss.lambda_mmd or self.loss.lambda_gram:
+            terms = alignment_terms(self._taps, sides, self.loss, self.bandwidth2)
+            share = 1 / self.current_gradient_accumulation_steps if scaled else 1.0
+            if self.loss.lambda_mmd:
+                loss = loss + share * self.loss.lambda_mmd * self._rise() * mean_over_layers(terms.mmd2)
+            if self.loss.lambda_gram:
+                loss = loss + share * self.loss.lambda_gram * mean_over_layers(terms.gram)
+            self._note_terms(terms, summed_gates(self._taps, sides))
         for tap in self._taps:
             tap.clear()
+        if self.accelerator.reduce(torch.isfinite(loss.detach()).float(), reduction="mean") < 1:
+            self.stop_before_step("loss")
         return (loss, outputs) if return_outputs else loss
 
     def _rise(self) -> float:
         """The share of lambda_mmd that acts at this step."""
         return warmup(self.state.global_step, self.state.max_steps, self.loss.warmup)
 
-    def _note(self, ce: Tensor, terms: Terms) -> None:
+    def _note_ce(self, ce: Tensor) -> None:
+        self._sums["ce"] += ce
+        self._sums["steps"] += 1 / self.current_gradient_accumulation_steps
+        self._sums["lambda_mmd"] += self.loss.lambda_mmd * self._rise() / self.current_gradient_accumulation_steps
+
+    def _note_terms(self, terms: Terms, gates: Tensor | None) -> None:
         self._add(
             {
                 "mmd2": mean_over_layers(terms.mmd2),
@@ -148,26 +159,42 @@ class AlignmentTrainer(Trainer):
             }
             | {f"mmd2_layer_{layer}": value for layer, value in terms.mmd2.items()}
         )
-        self._sums["ce"] += ce
-        self._sums["steps"] += 1 / self.current_gradient_accumulation_steps
-        self._sums["lambda_mmd"] += self.loss.lambda_mmd * self._rise() / self.current_gradient_accumulation_steps
+        self._sums["measured"] += 1 / self.current_gradient_accumulation_steps
+        if gates is not None:
+            for name, (total, count) in zip(_GATES, gates, strict=True):
+                self._add({name: total, f"{name}_tokens": count})
 
     def _add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self._sums[name] += value.detach() / self.current_gradient_accumulation_steps
 
+    def stop_before_step(self, what: str) -> NoReturn:
+        """Save the adapter, which the step at hand has not changed, in `LAST_GOOD` and end the run.
+
+        Raises:
+            InputError: always; `what` is not finite.
+        """
+        folder = Path(str(self.args.output_dir)) / LAST_GOOD
+        with saving(folder):
+            self._save(str(folder))
+        raise InputError(
+            what,
+            f"not finite at step {self.state.global_step + 1}",
+            f"the adapter as it was before this step is in {folder}; lower learning_rate or the lambdas, or look at this "
+            "step's data.",
+        )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to the log of a step the means since the last one: cross-entropy, terms, gates and key norms."""
         if "loss" in logs and self._sums:
-            steps = self._sums.pop("steps")
+            counts = {name: self._sums.pop(name, 0.0) for name in ("steps", "measured")}
             names = sorted(self._sums)
-            means = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float32).cpu() for name in names])
-            means = self.accelerator.reduce(means.to(self.args.device), reduction="mean") / steps
-            found = dict(zip(names, means.tolist(), strict=True))
-            for name in _GATES:
-                if count := found.pop(f"{name}_tokens", 0):
-                    found[name] /= count
-            logs |= found
+            sums = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float32).cpu() for name in names])
+            sums = self.accelerator.reduce(sums.to(self.args.device), reduction="mean")
+            found = dict(zip(names, sums.tolist(), strict=True))
+            of_tokens = {name: found.pop(f"{name}_tokens") for name in _GATES if name in found}
+            of_steps = dict.fromkeys(("ce", "lambda_mmd"), counts["steps"])
+            logs |= {name: value / (of_steps | of_tokens).get(name, counts["measured"]) for name, value in found.items()}
             self._sums.clear()
         super().log(logs, start_time)
 
@@ -185,6 +212,10 @@ class AlignmentTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        with saving(str(self.args.output_dir)):
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter alone; transformers would add a pickle of the arguments, which `training.json` records."""
@@ -206,11 +237,5 @@ class _StopAtNaN(TrainerCallback):
     ) -> None:
         gradients = [p.grad for p in self._trainer.model.parameters() if p.grad is not None]  # type: ignore[union-attr]
         # Half precision with a gradient scaler meets infinities in the normal course and skips such steps itself.
-        if args.fp16 or all(torch.isfinite(gradient).all() for gradient in gradients):
-            return
-        folder = Path(str(args.output_dir)) / LAST_GOOD
-        self._trainer._save(str(folder))
-        raise FloatingPointError(
-            f"step {state.global_step + 1}: the loss or its gradient is not finite. The adapter as it was before this "
-            f"step is in {folder}; lower learning_rate or the lambdas, or look at this step's data."
-        )
+        if not args.fp16 and not all(torch.isfinite(gradient).all() for gradient in gradients):
+            self._trainer.stop_before_step("gradient")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoModelForImageTextToText
 from lmms_keyspace import cli, embedded, scenes
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.training import run
+from lmms_keyspace.training.checkpoints import last_whole, saving
 from lmms_keyspace.training.config import TrainingConfig, read_config
 from lmms_keyspace.training.trainer import LAST_GOOD, AlignmentTrainer
 
@@ -75,6 +77,23 @@ def test_interrupted_and_resumed_gives_the_same_adapter(whole: Path, tmp_path: P
     for name, value in weights(whole).items():
         assert torch.equal(weights(tmp_path)[name], value), name
     assert [entry["mmd2"] for entry in steps(tmp_path)[2:]] == [entry["mmd2"] for entry in steps(whole)[2:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "length"), [("optimizer.pt", None), ("trainer_state.json", None), ("trainer_state.json", 99)]
+)
+def test_a_checkpoint_that_was_not_saved_to_its_end_is_passed_over(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, length: int | None
+) -> None:
+    """transformers would go on from it, with an optimizer that knows nothing."""
+    (tmp_path / "checkpoint-2").symlink_to(whole / "checkpoint-2")
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-4" / name).unlink(missing_ok=True)
+    if length is not None:
+        (tmp_path / "checkpoint-4" / name).write_bytes((whole / "checkpoint-4" / name).read_bytes()[:length])
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-2"
+    assert "checkpoint-4 is passed over" in caplog.text
 
 
 def in_two_processes(*arguments: str) -> None:
@@ -175,6 +194,15 @@ def test_data_without_enough_images(tmp_path: Path, images: tuple[str | None, ..
         run.train(short(tmp_path / "out", rows(tmp_path, *images), f"trainer.per_device_train_batch_size={batch}"))
 
 
+def test_no_room_is_one_sentence(tmp_path: Path) -> None:
+    for write in (lambda: torch.save([1], "/dev/full"), lambda: Path("/dev/full").write_text("x")):
+        with (
+            pytest.raises(InputError, match=rf"output_dir='{tmp_path}': it cannot be written .* --resume"),
+            saving(tmp_path),
+        ):
+            write()
+
+
 def test_results_already_made_are_not_lost(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="finished run"):
         run.train(short(whole))
@@ -183,6 +211,9 @@ def test_results_already_made_are_not_lost(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoint-2").symlink_to(whole / "checkpoint-2")
     with pytest.raises(InputError, match="--resume"):
         run.train(short(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"output_dir=.*this is a file"):
+        run.train(short(tmp_path / "file"))
 
 
 def test_the_command_line_says_what_is_wrong_in_one_line(
