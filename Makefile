@@ -1,4 +1,5 @@
 # make demo | test | check | docs | bench: each makes .venv when it is missing and reuses it when not.
+# make lowest | newest: the tests in an environment of their own, on other versions than those of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS := runs/demo
@@ -8,7 +9,7 @@ export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test lowest newest check docs bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,8 +42,15 @@ docs: .venv/installed
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
+lowest: PINS := --constraint constraints-lowest.txt
+lowest newest:
+	$(PYTHON) -m venv .venv-$@
+	.venv-$@/bin/pip install --quiet --upgrade $(PINS) --editable '.[dev]'
+	.venv-$@/bin/lmms-keyspace doctor
+	OMP_NUM_THREADS=1 .venv-$@/bin/pytest -n 2
+
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv .venv-lowest .venv-newest runs build dist *.egg-info

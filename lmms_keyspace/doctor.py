@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from lmms_keyspace import embedded, harness
 
 
@@ -27,7 +29,7 @@ def examine() -> list[Finding]:
         One finding per check; those of a check that raised carry its error.
     """
     checks: list[tuple[str, Callable[[], str]]] = [
-        ("versions", _versions),
+        ("versions", versions),
         ("models", _models),
         ("hooks", _hooks),
         *((f"task {path.stem}", lambda path=path: _task(path)) for path in _task_files()),
@@ -43,25 +45,39 @@ def _finding(subject: str, check: Callable[[], str]) -> Finding:
         return Finding(subject, False, f"{type(error).__name__}: {error}")
 
 
-def _versions() -> str:
-    from packaging.requirements import Requirement
+def versions() -> str:
+    """What this package needs is there, and what those packages need of each other: pip can leave two that do not fit.
 
-    found = {"python": platform.python_version()}
-    wrong = []
-    for text in requires("lmms-keyspace") or []:
-        requirement = Requirement(text)
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            found[requirement.name] = version(requirement.name)
-        except PackageNotFoundError:
-            wrong.append(f"{requirement.name} is missing")
-            continue
-        if not requirement.specifier.contains(found[requirement.name], prereleases=True):
-            wrong.append(f"{requirement.name} {found[requirement.name]} is outside {requirement.specifier}")
+    Raises:
+        RuntimeError: names each package that is missing or of another version.
+    """
+    own = _requirements("lmms-keyspace")
+    problems = [_problem("", one) for one in own]
+    problems += [_problem(f"{package.name} needs ", one) for package in own for one in _requirements(package.name)]
+    wrong = [problem for problem in problems if problem]
     if wrong:
         raise RuntimeError("; ".join(wrong) + "; install with the versions of constraints.txt")
-    return ", ".join(f"{name} {number}" for name, number in found.items())
+    names = [one.name for one in own]
+    return ", ".join(["python " + platform.python_version(), *(f"{name} {version(name)}" for name in names)])
+
+
+def _requirements(package: str) -> list[Requirement]:
+    """Of an installed package on this machine, without its extras; none of one that is missing."""
+    try:
+        found = [Requirement(text) for text in requires(package) or []]
+    except PackageNotFoundError:
+        return []
+    return [one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
+
+
+def _problem(who: str, requirement: Requirement) -> str | None:
+    try:
+        found = version(requirement.name)
+    except PackageNotFoundError:
+        return f"{who}{requirement.name}, which is missing"
+    if requirement.specifier.contains(found, prereleases=True):
+        return None
+    return f"{who}{requirement.name} {requirement.specifier}, but {found} is installed"
 
 
 def _models() -> str:
@@ -90,6 +106,7 @@ def _task_files() -> list[Path]:
 
 def _task(path: Path) -> str:
     """Load the YAML and build its documents, as lmms-eval does, without lmms-eval's silence about errors."""
+    import datasets
     from lmms_eval.tasks import TaskManager, get_task_dict
     from lmms_eval.utils import load_yaml_config
 
@@ -101,9 +118,10 @@ def _task(path: Path) -> str:
     dataset = ((config.get("metadata") or {}).get("keyspace") or {}).get("dataset")
     if dataset:
         return f"asks {dataset}, which is not looked for here"
+    datasets.disable_progress_bars()
     loaded = get_task_dict(names, manager, "chat").values()
     tasks = [task for entry in loaded for task in (entry.values() if isinstance(entry, dict) else [entry])]
-    return ", ".join(f"{len(task.eval_docs)} documents" for task in tasks)
+    return f"{sum(len(task.eval_docs) for task in tasks)} documents"
 
 
 def _bundled() -> dict[str, Path]:

@@ -1,5 +1,7 @@
 """The one error that bad input gets: it names the argument, the value and the way out."""
 
+from lmms_keyspace.redaction import without_secrets
+
 _LONGEST = 1000  # characters of a value that a message shows
 
 
@@ -13,7 +15,8 @@ class InputError(ValueError):
     """
 
     def __init__(self, argument: str, value: object, way_out: str) -> None:
-        shown = repr(value)  # escapes what would move a terminal's cursor
+        # A token given under a wrong name ends in a log. `repr` escapes what would move a terminal's cursor.
+        shown = repr(without_secrets({argument: value})[argument])
         if len(shown) > _LONGEST:
             shown = shown[:_LONGEST] + "…"
         super().__init__(f"{argument}={shown}: {way_out}")

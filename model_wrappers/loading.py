@@ -17,6 +17,7 @@ from lmms_keyspace.errors import InputError
 from lmms_keyspace.intervene.install import Intervention, install, prepare
 from lmms_keyspace.malora import AdapterInfo, check_adapter
 from lmms_keyspace.model_wrappers.arguments import Arguments
+from lmms_keyspace.redaction import publishable
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Loaded:
     model: Any  # PreTrainedModel, or PeftModel around it
     processor: Any
     device: torch.device
-    pretrained: str  # as recorded: hub id, folder, or `bundled`
+    # As recorded, `redaction.publishable`: hub id, folder, or `bundled`.
+    pretrained: str
     revision: str | None
     adapter: str | None
     adapter_info: AdapterInfo | None
@@ -91,7 +93,7 @@ def load(arguments: Arguments) -> Loaded:
         processor=processor,
         device=model.device,  # of the first layer, where the inputs go
         pretrained=_recorded_name(pretrained),
-        revision=arguments.revision or getattr(config, "_commit_hash", None),
+        revision=publishable(arguments.revision or getattr(config, "_commit_hash", None)),
         adapter=_recorded_name(arguments.peft) if arguments.peft else None,
         adapter_info=info,
         quantization=arguments.quantization or (_method(stored) if stored is not None else None),
@@ -169,10 +171,10 @@ def _adapter_folder(peft: str | None) -> Path | None:
 
 
 def _recorded_name(name: str) -> str:
-    """The bundled folders get a name of their own: their path says where the package lies, not what they are."""
+    """As it may be written. Bundled folders have names: their path says where the package lies, not what they are."""
     path = Path(name)
     if path == embedded.base_path():
         return "bundled"
     if path.parent == embedded.base_path().parent:
         return f"bundled/{path.name}"
-    return name
+    return str(publishable(name))

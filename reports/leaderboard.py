@@ -23,9 +23,9 @@ from lmms_keyspace.reports.accuracy import probe_rows, stock_rows
 from lmms_keyspace.reports.comparable import TaskFingerprint, other_benchmark
 from lmms_keyspace.reports.keyspace import BANDS, attention_rows, js_rows, mmd2_rows
 from lmms_keyspace.reports.labels import last_part, model_name
-from lmms_keyspace.reports.load import Run, each_run
+from lmms_keyspace.reports.load import Run, each_run, why_left_out
 from lmms_keyspace.reports.rows import SCORE, Row
-from lmms_keyspace.reports.text import LONGEST_SENTENCE, one_line
+from lmms_keyspace.reports.text import one_line
 from lmms_keyspace.store import LoadedRun
 
 # What a leaderboard shows unless columns are named, of tasks that are probes; of others, what lmms-eval reports.
@@ -122,7 +122,7 @@ def leaderboard(paths: Sequence[Path | str], columns: Sequence[str] = ()) -> Lea
     tables = {table for prefix, (_, table) in _KEY_SPACE.items() if any(name.startswith(prefix) for name in asked)}
     for loaded in each_run(paths, scores_only=True, tables=tables):
         if isinstance(loaded, InputError):
-            left_out.append(one_line(str(loaded), LONGEST_SENTENCE))
+            left_out.append(why_left_out(loaded))
             continue
         for one in _measure(loaded, columns):
             if isinstance(one, str):

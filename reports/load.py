@@ -12,6 +12,7 @@ from typing import Any
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.outcomes import Groups, outcomes_by_group
 from lmms_keyspace.records import RunRecord, TaskRecord
+from lmms_keyspace.redaction import publishable
 from lmms_keyspace.reports.check import PROBE_COLUMNS, check_run
 from lmms_keyspace.reports.comparable import Fingerprint, fingerprint, mismatches, remarks
 from lmms_keyspace.reports.labels import labels
@@ -33,8 +34,8 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """lmms-eval's own record of how it was called."""
-        return dict(self.loaded.results.get("config", {}))
+        """lmms-eval's own record of how it was called, as it may be shown."""
+        return dict(publishable(self.loaded.results.get("config", {})))
 
     @property
     def tasks(self) -> list[str]:
@@ -125,7 +126,12 @@ def load_runs(paths: Sequence[Path | str], *, allow_mismatch: bool = False) -> R
             said += [f"{run.label}: {reason}" for reason in reasons]
     if refused and len(kept) == 1:
         raise refused[0]
-    return Runs(tuple(kept), tuple(said), tuple(one_line(str(error), LONGEST_SENTENCE) for error in refused))
+    return Runs(tuple(kept), tuple(said), tuple(map(why_left_out, refused)))
+
+
+def why_left_out(error: InputError) -> str:
+    """Why a run is left out, as pages may show it."""
+    return one_line(publishable(str(error)), LONGEST_SENTENCE)
 
 
 def open_runs(paths: Sequence[Path | str]) -> list[Run | InputError]:

@@ -15,7 +15,7 @@ def run_row(run: Run) -> tuple[str, ...]:
     documents = ", ".join(str(len(run.loaded.samples.get(task, []))) for task in run.tasks)
     tasks = ", ".join(run.tasks)
     if record is None:
-        model = f"{run.config.get('model', '?')}, {_shortened(str(run.config.get('model_args', '')))}"
+        model = f"{run.config.get('model', '?')}, {_arguments(run)}"
         device = str(run.config.get("device", "-"))
         return (run.label, model, "-", tasks, documents, "nothing", device, run.loaded.files.date)
     sha = f", sha256 {record.adapter_sha256[:8]}" if record.adapter_sha256 else ""
@@ -53,16 +53,17 @@ def settings(run: Run) -> tuple[tuple[str, str], ...]:
 def _command(run: Run) -> str:
     config = run.config
     parts = [f"lmms-eval --model {config.get('model', '?')}"]
-    if arguments := str(config.get("model_args") or ""):
-        parts.append("--model_args " + ",".join(_shortened_value(part) for part in arguments.split(",")))
+    if arguments := _arguments(run):
+        parts.append(f"--model_args {arguments}")
     parts.append(f"--tasks {','.join(run.tasks)}")
     parts += [f"--{name} {config[name]}" for name in ("batch_size", "limit", "gen_kwargs") if config.get(name)]
     return " ".join([*parts, "--log_samples --output_path OUT"])
 
 
-def _shortened_value(part: str) -> str:
-    name, equals, value = part.partition("=")
-    return f"{name}={_shortened(value)}" if equals else part
+def _arguments(run: Run) -> str:
+    """`--model_args`, with folders shortened."""
+    parts = (part.partition("=") for part in str(run.config.get("model_args") or "").split(","))
+    return ",".join(f"{name}{equals}{_shortened(value)}" for name, equals, value in parts)
 
 
 def _tail(path: str) -> str:

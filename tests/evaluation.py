@@ -15,6 +15,8 @@ from lmms_keyspace.records import RunData
 from lmms_keyspace.store import read_run
 
 DATE = "20260101_000000"
+# What lmms-eval's results hold of the clock.
+TIMES = ("date", "start_time", "end_time", "total_evaluation_time_seconds", "throughput", "efficiency")
 
 
 def evaluate(model: str, out: Path | None = None, **given: Any) -> Any:

@@ -1,24 +1,22 @@
-"""What this package relies on inside lmms-eval and PEFT, so that an upgrade fails with a sentence, and a neighbor.
+"""What this package relies on inside lmms-eval, PEFT and transformers, so that an upgrade fails with a sentence.
 
-Each entry names a thing, the parameters that we pass or override, and what breaks without it. A new import of either
-package needs an entry.
+Each entry names a thing, the parameters that we pass or override, and what breaks without it. A new import of these
+two, or of an inner module of transformers, needs an entry.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
-import json
-import os
 import pkgutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from lmms_eval.tasks import TaskManager, get_task_dict
 from peft.utils import PeftType
+from transformers import Qwen2VLImageProcessor
 
 from lmms_keyspace import harness, malora
 
@@ -138,29 +136,96 @@ PEFT = [
 ]
 
 
-@pytest.mark.parametrize("contract", LMMS_EVAL + PEFT, ids=lambda one: one.where)
-def test_what_we_rely_on_is_there(contract):
+_TRAINER = "transformers.Trainer"
+TRANSFORMERS = [
+    Contract("transformers.PreTrainedConfig._attn_implementation", (), "the attention in force is not known"),
+    Contract(
+        f"{_TRAINER}.compute_loss",
+        ("model", "inputs", "return_outputs", "num_items_in_batch"),
+        "the alignment terms do not reach the loss",
+    ),
+    Contract(f"{_TRAINER}.evaluate", ("metric_key_prefix",), "accuracy and flip rate are not followed in training"),
+    Contract(f"{_TRAINER}.log", ("logs", "start_time"), "divergence is not in the training log"),
+    Contract(f"{_TRAINER}._save", ("output_dir", "state_dict"), "a pickle is written beside the adapter"),
+    Contract(
+        "transformers.TrainerCallback.on_pre_optimizer_step",
+        ("args", "state", "control"),
+        "a gradient that is not finite reaches the weights",
+    ),
+    Contract("transformers.trainer_utils.PREFIX_CHECKPOINT_DIR", (), "a training run cannot go on"),
+    Contract("transformers.trainer.TRAINER_STATE_NAME", (), "a checkpoint that was cut short is taken for whole"),
+    Contract("transformers.utils.is_bitsandbytes_available", (), "a missing bitsandbytes is found after the download"),
+    Contract("transformers.utils.is_flash_attn_2_available", (), "a missing flash-attn is found after the download"),
+    Contract(
+        "transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil",
+        (),
+        "the bundled model cannot be built again as it was",
+    ),
+]
+DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "phi3")
+ALL = LMMS_EVAL + PEFT + TRANSFORMERS
+
+
+def check(contract: Contract) -> None:
     try:
         thing = pkgutil.resolve_name(contract.where)
     except (ImportError, AttributeError):
         pytest.fail(f"{contract.where} is gone: {contract.breaks}")
     taken = inspect.signature(thing).parameters if contract.parameters else {}
     missing = set(contract.parameters) - set(taken)
-    assert not missing, f"{contract.where} no longer takes {', '.join(sorted(missing))}: {contract.breaks}"
+    if missing:
+        pytest.fail(f"{contract.where} no longer takes {', '.join(sorted(missing))}: {contract.breaks}")
 
 
-def test_every_import_from_lmms_eval_and_peft_has_its_sentence():
-    known = {contract.where for contract in LMMS_EVAL + PEFT}
+@pytest.mark.parametrize("contract", ALL, ids=lambda one: one.where)
+def test_what_we_rely_on_is_there(contract):
+    check(contract)
+
+
+@pytest.mark.parametrize(
+    ("contract", "sentence"),
+    [
+        (Contract("peft.PeftModel.no_more", (), "it breaks"), "peft.PeftModel.no_more is gone: it breaks"),
+        (Contract("peft.no_more.x", (), "it breaks"), "peft.no_more.x is gone: it breaks"),
+        (
+            Contract("peft.PeftModel", ("model", "other"), "it breaks"),
+            "peft.PeftModel no longer takes other: it breaks",
+        ),
+    ],
+)
+def test_a_broken_contract_is_a_sentence(contract, sentence):
+    with pytest.raises(pytest.fail.Exception) as caught:
+        check(contract)
+    assert str(caught.value) == sentence
+
+
+def test_every_import_has_its_sentence():
+    known = {contract.where for contract in ALL}
     used = {
         f"{node.module}.{name.name}"
         for folder in ("lmms_keyspace", "model_wrappers", "tasks", "reports")
         for path in (ROOT / folder).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("lmms_eval", "peft")
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("lmms_eval", "peft", "transformers."))
         for name in node.names
     }
     assert len(used) > 20
     assert {name for name in used if not any(f"{one}.".startswith(f"{name}.") for one in known)} == set()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoders_module_is_where_attention_is_watched(name):
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    assert "apply_rotary_pos_emb" in vars(module), "the first batch cannot be checked: its rotation is not found"
+    assert isinstance(module.ALL_ATTENTION_FUNCTIONS._local_mapping, dict), "capture/attention.py cannot wrap sdpa"
+    received = list(inspect.signature(module.eager_attention_forward).parameters)[:5]
+    assert received == ["module", "query", "key", "value", "attention_mask"], (
+        "capture reads other things than it thinks"
+    )
+
+
+def test_an_image_processor_says_what_it_takes():
+    assert "min_pixels" in Qwen2VLImageProcessor.valid_kwargs.__annotations__, "min_pixels is refused for every model"
 
 
 def test_an_adapter_type_of_ours_is_a_full_member_of_pefts_enum():
@@ -178,93 +243,3 @@ def test_a_chat_request_holds_what_the_wrapper_reads():
     assert messages(task.dataset[split][document])[0]["content"][0]["type"] == "image"
     assert (generation["max_new_tokens"], document, name, split) == (8, 0, "textbias_probe_quick", "test")
     assert request.metadata["keyspace"]["cluster"] == "group_id", "a task's metadata no longer reaches the wrapper"
-
-
-# A plugin of somebody else: a model, and a wrapper around the same method of lmms-eval that our tasks come in by.
-NEIGHBOR = """
-import functools
-from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
-
-calls = []
-
-def manifests():
-    from lmms_eval.tasks import TaskManager
-    original = TaskManager.initialize_tasks
-
-    @functools.wraps(original)
-    def initialize_tasks(self, *args, **kwargs):
-        calls.append(1)
-        return original(self, *args, **kwargs)
-
-    TaskManager.initialize_tasks = initialize_tasks
-    return ModelManifest(model_id="neighbor", simple_class_path="neighbor.Neighbor")
-
-class Neighbor(lmms):
-    def __init__(self, **given):
-        super().__init__()
-
-    def generate_until(self, requests):
-        return ["red"] * len(requests)
-
-    def loglikelihood(self, requests):
-        raise NotImplementedError
-
-    def generate_until_multi_round(self, requests):
-        raise NotImplementedError
-"""
-SESSION = """
-import contextlib, io, json, sys
-from lmms_eval.cli.dispatch import main
-
-def said(*arguments):
-    sys.argv, out = ["lmms-eval", *arguments], io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        main()
-    return out.getvalue().split()
-
-listed = said("--tasks", "list")
-said(*"--model neighbor --tasks textbias_probe_quick --limit 6 --output_path theirs --log_samples".split())
-said(*"--model keyspace_llava --tasks textbias_probe_quick --limit 6 --output_path ours --log_samples".split())
-import neighbor
-json.dump({"listed": listed, "calls": len(neighbor.calls)}, open("seen.json", "w"))
-"""
-
-
-@pytest.fixture(scope="module")
-def beside(tmp_path_factory) -> Path:
-    """A folder in which lmms-eval listed its tasks, ran a neighbor's model and then ours."""
-    work = tmp_path_factory.mktemp("beside")
-    site = work / "site"
-    info = site / "neighbor-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / "neighbor.py").write_text(NEIGHBOR)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: neighbor\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[lmms_eval.models]\nneighbor = neighbor:manifests\n")
-    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SESSION], cwd=work, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return work
-
-
-def names(folder: Path) -> set[str]:
-    """Names of the files of a run, without the date."""
-    return {path.name.split("_", 2)[2] for path in folder.rglob("*") if path.is_file()}
-
-
-def test_tasks_are_listed_and_a_second_plugin_is_asked(beside):
-    seen = json.loads((beside / "seen.json").read_text())
-    assert {"textbias_probe", "visreliance_pairs", "mmmu_val"} <= set(seen["listed"])
-    assert seen["calls"] >= 3
-
-
-def test_a_neighbors_model_leaves_lmms_evals_files_and_none_of_ours(beside):
-    assert names(beside / "theirs") == {"results.json", "samples_textbias_probe_quick.jsonl"}
-    (path,) = (beside / "theirs").rglob("*_results.json")
-    assert "keyspace" not in json.loads(path.read_text())
-
-
-def test_our_model_runs_in_the_same_process(beside):
-    assert names(beside / "ours") >= {"results.json", "samples_textbias_probe_quick.jsonl", "keyspace.json"}

@@ -1,11 +1,17 @@
 """The doctor sees what is wrong and says it, where lmms-eval would only say that a task was not found."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 from typer.testing import CliRunner
 
 from lmms_keyspace import doctor, embedded, harness
 from lmms_keyspace.cli import app
 
+ROOT = Path(__file__).parents[1]
 BROKEN = """
 task: broken
 dataset_path: json
@@ -47,12 +53,37 @@ def test_missing_weights_are_named_with_the_way_to_build_them(monkeypatch, only_
     assert "lmms_keyspace.embedded.build" in found.detail
 
 
-def test_a_version_out_of_range_is_named(monkeypatch, only_tasks_in):
-    real = doctor.version
-    monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "lmms-eval" else real(name))
-    found = finding("versions")
-    assert not found.ok
-    assert "lmms-eval 0.1 is outside" in found.detail
+@pytest.fixture
+def installed(monkeypatch):
+    """Replaces versions of packages; None takes a package away."""
+    real, faked = doctor.version, {}
+
+    def version(name):
+        if faked.get(name, "") is None:
+            raise doctor.PackageNotFoundError
+        return faked.get(name) or real(name)
+
+    monkeypatch.setattr(doctor, "version", version)
+    return faked
+
+
+def test_a_version_out_of_range_is_named(installed):
+    installed["lmms-eval"] = "0.1"
+    with pytest.raises(RuntimeError, match=r"^lmms-eval <0\.8,>=0\.7\.3, but 0\.1 is installed; install with"):
+        doctor.versions()
+
+
+def test_two_packages_that_do_not_fit_each_other_are_named(installed):
+    """Each is in this package's range."""
+    installed["tokenizers"] = "0.1"
+    with pytest.raises(RuntimeError, match=r"^transformers needs tokenizers .*>=.*, but 0\.1 is installed"):
+        doctor.versions()
+
+
+def test_a_package_that_is_missing_is_named(installed):
+    installed["peft"] = None
+    with pytest.raises(RuntimeError, match=r"^peft, which is missing"):
+        doctor.versions()
 
 
 def test_missing_models_are_named(monkeypatch, only_tasks_in):
@@ -68,3 +99,18 @@ def test_something_wrong_is_exit_status_1(only_tasks_in):
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "FAIL" in result.output
+
+
+def test_the_lowest_leg_installs_what_pyproject_allows():
+    """Every dependency has a lower bound, and `make lowest` installs just that."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()[1:]
+    pinned = dict(line.split("==") for line in lines)
+    allowed = {
+        requirement.name: Version(bound.version)
+        for requirement in map(Requirement, project["dependencies"])
+        for bound in requirement.specifier
+        if bound.operator == ">="
+    }
+    assert len(allowed) == len(project["dependencies"])
+    assert {name: Version(number) for name, number in pinned.items()} == allowed

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from benchmark_files import ROWS, write_mmbench_cn, write_mmmu
+from evaluation import TIMES
 
 from lmms_keyspace import embedded
 from lmms_keyspace.store import find_runs, load_run
@@ -153,7 +154,6 @@ from lmms_eval.cli.dispatch import main
 main()
 assert not any(name.startswith("lmms_keyspace") for name in sys.modules)
 """
-TIMES = ("date", "start_time", "end_time", "total_evaluation_time_seconds", "throughput", "efficiency")
 
 
 def test_a_stock_model_writes_the_same_files_with_and_without_the_plugin(tmp_path):

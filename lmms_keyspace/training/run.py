@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from lmms_keyspace import embedded, scenes
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.malora import check_adapter, check_targets, visual_token_ids
+from lmms_keyspace.redaction import publishable
 from lmms_keyspace.store.files import require_writable, write
 from lmms_keyspace.training.checkpoints import last_whole, saving
 from lmms_keyspace.training.config import LossConfig, TrainingConfig, effective_loss, peft_config, training_arguments
@@ -69,9 +70,8 @@ def train(config: TrainingConfig, *, resume: bool = False) -> Path:
     )
     torch.manual_seed(config.seed)  # of the adapter's random start
     adapted: Any = get_peft_model(model, adapter)
-    if config.pretrained is None:
-        for each in adapted.peft_config.values():
-            each.base_model_name_or_path = embedded.BASE_NAME
+    for each in adapted.peft_config.values():
+        each.base_model_name_or_path = publishable(config.pretrained) or embedded.BASE_NAME
     evaluation = config.evaluation
     trainer = AlignmentTrainer(
         adapted,
@@ -142,7 +142,7 @@ def _write_record(
 ) -> None:
     parameters, _ = model.get_nb_trainable_parameters()
     record = {
-        "config": config.model_dump(mode="json"),
+        "config": publishable(config.model_dump(mode="json")),
         "examples": n_examples,
         "trainable_parameters": parameters,
         "adapter_sha256": check_adapter(config.output_dir, model.config).sha256,
