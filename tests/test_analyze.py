@@ -13,9 +13,12 @@ from evaluation import evaluate
 from typer.testing import CliRunner
 
 from lmms_keyspace.analysis import analyze
+from lmms_keyspace.analysis.parts import Parts
 from lmms_keyspace.cli import app
+from lmms_keyspace.divergence import Measurement
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.measuring import Measuring
+from lmms_keyspace.records import DIVERGENCE_COLUMNS, empty_table
 from lmms_keyspace.store import find_runs, read_run, write_run
 
 TASK = "textbias_probe_quick"
@@ -129,6 +132,15 @@ def test_a_stopped_analysis_goes_on_where_it_was_and_ends_the_same(runs, tmp_pat
     assert len(measured) == 3 + 4  # two of the six parts were there
     pd.testing.assert_frame_equal(again.divergence, whole.divergence)
     assert [path.read_bytes() for path in again.files] == [path.read_bytes() for path in whole.files]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".gram.safetensors", ".losses.safetensors"])
+def test_a_part_that_was_half_removed_is_measured_again(tmp_path, suffix):
+    parts = Parts(tmp_path, {})
+    assert parts.save(Measurement(empty_table(DIVERGENCE_COLUMNS), {}, {}), "task").table.empty
+    next(tmp_path.rglob(f"*{suffix}")).unlink()
+    assert not parts.has("task")
+    assert parts.load("task") is None
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(runs, tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ from lmms_keyspace.store.files import write
 from lmms_keyspace.store.tables import read_table, table_bytes
 from lmms_keyspace.store.tensors import by_document_bytes, read_by_document
 
+_SUFFIXES = (".parquet", ".gram.safetensors", ".losses.safetensors")  # divergence, kernel sums, held-out losses
+
 
 class Parts:
     """A folder of parts that belong to one set of settings; other settings, another folder.
@@ -29,27 +31,25 @@ class Parts:
         self._folder = folder / _digest(json.dumps(settings, sort_keys=True))
 
     def has(self, *name: str) -> bool:
-        """Whether the part of that name was finished: its table is written last."""
-        return self._stem(name).with_suffix(".parquet").exists()
+        """Whether the part of that name was finished, and all of it is there: removing parts may be stopped, too."""
+        return all(self._stem(name).with_suffix(suffix).exists() for suffix in _SUFFIXES)
 
     def load(self, *name: str) -> Measurement | None:
         """The part of that name, if it was finished; sums and losses are read when they are asked for."""
         if not self.has(*name):
             return None
-        stem = self._stem(name)
+        table, gram, losses = map(self._stem(name).with_suffix, _SUFFIXES)
         return Measurement(
-            read_table(stem.with_suffix(".parquet"), "divergence"),
-            read_by_document(stem.with_suffix(".gram.safetensors"), KernelSums),
-            read_by_document(stem.with_suffix(".losses.safetensors"), HeldOutLoss),
+            read_table(table, "divergence"), read_by_document(gram, KernelSums), read_by_document(losses, HeldOutLoss)
         )
 
     def save(self, part: Measurement, *name: str) -> Measurement:
         """Write it, and give it back as it will be read."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        stem = self._stem(name)
-        write(stem.with_suffix(".gram.safetensors"), by_document_bytes(part.gram))
-        write(stem.with_suffix(".losses.safetensors"), by_document_bytes(part.losses))
-        write(stem.with_suffix(".parquet"), table_bytes("divergence", part.table))
+        table, gram, losses = map(self._stem(name).with_suffix, _SUFFIXES)
+        write(gram, by_document_bytes(part.gram))
+        write(losses, by_document_bytes(part.losses))
+        write(table, table_bytes("divergence", part.table))
         saved = self.load(*name)
         assert saved is not None
         return saved
