@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import os
 import re
@@ -147,7 +149,7 @@ def run_in(folder: Path) -> LoadedRun:
 
 def test_the_offline_part_of_the_tutorial_runs(ran):
     folder, _ = ran
-    assert {command.heading.split(".")[0] for command in TUTORIAL} == {"1", "4", "5"}
+    assert {command.heading.split(".")[0] for command in TUTORIAL} == {"1", "4", "6"}
     for name in ("base", "malora", "trained"):
         assert len(run_in(folder / "runs" / name).samples["textbias_probe_quick"]) == 12
     assert (folder / "runs" / "report" / "report.html").is_file()
@@ -242,9 +244,9 @@ def check_evaluation(given: list[str], task_names: set[str], monkeypatch: pytest
     assert set(parsed.tasks.split(",")) <= task_names
     wrapper: type = lmms_eval.models.get_model(parsed.model)
     assert parsed.model in MODEL_CLASSES
-    pretrained = parsed.model_args.replace("$1", "some/model")  # the argument of a script
+    given = parsed.model_args.replace("$1", "some/model").replace("{model}", "some/model")  # of a script
     arguments.parse(
-        simple_parse_args_string(pretrained),
+        simple_parse_args_string(given),
         model=parsed.model,
         needs_adapter=wrapper.needs_adapter,
         has_bundled=wrapper.has_bundled,
@@ -253,6 +255,7 @@ def check_evaluation(given: list[str], task_names: set[str], monkeypatch: pytest
 
 @pytest.mark.parametrize(("page", "language", "read"), [
     ("training.md", "yaml", lambda path: read_config(path).output_dir),
+    ("tutorial.md", "yaml", lambda path: read_config(path).output_dir),
     ("gate.md", "toml", lambda path: load_policy(path).name),
 ])  # fmt: skip
 def test_an_example_file_is_accepted_by_its_loader(page, language, read, tmp_path):
@@ -260,6 +263,17 @@ def test_an_example_file_is_accepted_by_its_loader(page, language, read, tmp_pat
     path = tmp_path / f"example.{language}"
     path.write_text(text, encoding="utf-8")
     assert read(path)
+
+
+PYTHON = [(page.name, one.text) for page in PAGES for one in blocks(page) if one.language == "python"]
+
+
+@pytest.mark.parametrize(("page", "text"), PYTHON, ids=[f"{page}-{n}" for n, (page, _) in enumerate(PYTHON)])
+def test_python_in_a_page_imports_what_there_is(page, text):
+    for node in ast.walk(ast.parse(text, page)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lmms_keyspace"):
+            module = importlib.import_module(node.module)
+            assert [name.name for name in node.names if not hasattr(module, name.name)] == []
 
 
 def test_every_link_between_files_leads_somewhere():
