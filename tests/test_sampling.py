@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -90,6 +92,21 @@ def labels(modality):
     empty = np.full(size, -1)
     codes = np.array([MODALITIES.index(name) for name in modality])
     return TokenLabels(codes, np.zeros(size, np.int8), empty, empty, empty)
+
+
+def test_the_sampled_rows_are_the_same_on_every_machine():
+    """Pinned from names to token ids: task, document, condition, position, token, as the table of tokens has them."""
+    sampler, task = Sampler(0, clusters=8, tokens=6), "textbias_probe"
+    conditions = {"clean": 20, "conflict": 33}  # tokens after the image
+    digest = hashlib.sha256()
+    for cluster in sorted(sampler.choose_clusters(task, [f"scene-{n}" for n in range(40)])):
+        for condition, n_text in conditions.items():
+            modality = ["bos", "boilerplate", "boilerplate"] + ["visual"] * 49 + ["text"] * n_text + ["boilerplate"] * 4
+            token_ids = np.arange(len(modality)) * 7919 % 2048
+            positions = sampler.choose_positions(task, cluster, labels(modality))
+            rows = [f"{task},{cluster},{condition},{place},{token_ids[place]}" for place in positions.tolist()]
+            digest.update("\n".join(rows).encode())
+    assert digest.hexdigest() == "2dba460225271edd2e10beba9a06b2efb72e6e25b90f912d40f74ac0cd626967"
 
 
 def test_positions_take_the_same_patches_wherever_the_image_stands():
