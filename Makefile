@@ -1,4 +1,4 @@
-# make demo | test | check | docs | bench: each makes .venv when it is missing and reuses it when not.
+# make demo | test | coverage | check | docs | bench: each makes .venv when it is missing and reuses it when not.
 # make lowest | newest: the tests in an environment of their own, on other versions than those of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lowest newest check docs bench clean
+.PHONY: demo test coverage lowest newest check docs bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,6 +41,9 @@ docs: .venv/installed
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+coverage: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov
 
 lowest: PINS := --constraint constraints-lowest.txt
 lowest newest:
