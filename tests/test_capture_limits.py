@@ -13,6 +13,7 @@ from models import left_padded, tokenizer
 
 from lmms_keyspace.capture import Capture, CaptureError, Row
 from lmms_keyspace.capture.last_query import last_query_bias
+from lmms_keyspace.capture.rope_check import RopeCheck
 from lmms_keyspace.capture.sinks import THRESHOLD, can_have_sinks
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import decoder_sites
@@ -105,6 +106,36 @@ def test_another_key_is_noticed_however_faint_keys_are(strength):
     attention.forward = turned_the_other_way
     with pytest.raises(CaptureError, match="layer 1"):
         keys_of(model, [ROW], do_sample=False)
+
+
+def test_keys_of_another_shape_are_noticed(llava):
+    """Attention that repeats its keys for all query heads before the rotation, say."""
+    decoder = decoder_sites(llava)
+    site, check = decoder.sites[1], RopeCheck(decoder)
+    keys = torch.randn(1, 4, site.n_kv_heads, site.head_dim)
+    cos_sin = llava.model.language_model.rotary_emb(keys, torch.arange(4)[None])
+    check.hook(site)(site.attention, (), {"position_embeddings": cos_sin})
+    with pytest.raises(CaptureError, match=r"layer 1: .*shapes are"):
+        check.compare(site, keys, keys.transpose(1, 2).repeat(1, 2, 1, 1))
+
+
+@pytest.mark.parametrize(("given", "argument"), [({"layer": 9}, "layer"), ({"space": "v"}, "space")])
+def test_what_was_not_captured_is_named(llava, given, argument):
+    with pytest.raises(InputError, match=r"captured .* are") as error:
+        Capture(llava, decoder_sites(llava)).keys("toy", **given)
+    assert error.value.argument == argument
+
+
+def test_a_window_hides_what_lies_before_it():
+    """Masks of flash attention say nothing of the window: ones and zeros per column, or None."""
+    padded = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    device = torch.device("cpu")
+    for mask, window, visible in ((None, 3, [5, 6, 7]), (padded, 7, [2, 3, 4, 5, 6, 7]), (padded, 3, [5, 6, 7])):
+        bias = last_query_bias(mask, row=0, n=8, sliding_window=window, device=device)
+        assert torch.nonzero(bias[0, 0] == 0).flatten().tolist() == visible
+        assert torch.isinf(bias).sum() == 8 - len(visible)
+    for window in (None, 8, 9):
+        assert last_query_bias(None, row=0, n=8, sliding_window=window, device=device) is None
 
 
 def test_an_additive_mask_hides_what_is_near_the_smallest_number():

@@ -66,6 +66,22 @@ def test_a_layer_that_only_one_modality_has_gets_a_bandwidth_too():
     np.testing.assert_allclose(bandwidths[3], median_bandwidth2(keys.transpose(0, 1), keys.transpose(0, 1)[:, :0]))
 
 
+def test_errors_name_the_layer():
+    keys = torch.randn(30, 2, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError) as error:
+        reference_bandwidths({4: keys}, {4: torch.full_like(keys, torch.nan)})
+    assert error.value.argument == "keys of layer 4, y"
+    with pytest.raises(InputError) as error:
+        reference_bandwidths({4: torch.ones_like(keys)}, {4: torch.ones_like(keys)})
+    assert error.value.argument == "keys of layer 4"
+    assert "heads [0, 1]" in str(error.value)
+
+
+def test_the_biased_estimate_takes_the_median_distance_where_no_bandwidth_is_given():
+    x, y, _ = clouds(8, 2, 20, 1, 3, shift=1.0)
+    np.testing.assert_allclose(mmd2_biased(x, y), mmd2_biased(x, y, bandwidth2=median_bandwidth2(x, y)))
+
+
 def test_the_biased_estimate_needs_one_vector_a_side():
     one, other = np.array([[0.0, 0.0]]), np.array([[3.0, 4.0]])
     assert mmd2_biased(one, other, bandwidth2=25.0, scales=(1.0,)) == pytest.approx(2 - 2 * np.exp(-1))

@@ -40,12 +40,16 @@ def test_a_level_that_leaves_no_draw_has_the_widest_bound():
     assert change.upper(0.001).value == 1
 
 
-def test_the_bound_is_the_draw_at_the_level():
-    change = turned(20, 16)
+@pytest.mark.parametrize(("n_resamples", "place"), [(999, 50), (998, 49), (1018, 50), (1019, 51)])
+def test_the_bound_is_the_draw_at_the_level(n_resamples, place):
+    """The last of the sorted draws whose p, (1 + those before it) / (1 + all), is at most the level."""
+    change = turned(20, 16, n_resamples=n_resamples)
     draws = np.sort(change.draws)
-    assert change.lower(0.05).value == draws[49]  # the 50th of 999: p of what lies there is 50 / 1000
-    assert change.upper(0.05).value == draws[-50]
-    assert change.p_of_excess_loss(-draws[49]) == pytest.approx((1 + np.sum(draws <= draws[49] + 1e-12)) / 1000)
+    assert place / (1 + n_resamples) <= 0.05 < (place + 1) / (1 + n_resamples)
+    assert change.lower(0.05).value == draws[place - 1]
+    assert change.upper(0.05).value == draws[-place]
+    beyond = np.sum(draws <= draws[place - 1] + 1e-12)
+    assert change.p_of_excess_loss(-draws[place - 1]) == pytest.approx((1 + beyond) / (1 + n_resamples))
 
 
 def test_clusters_that_turned_are_those_of_the_outcome_and_not_all():
