@@ -34,13 +34,20 @@ Floats = NDArray[np.float64]
 
 
 def clouds(
-    rng: np.random.Generator, n: int, images: int, tokens: int, *, shift: float = 0.0, effect: float = 1.0
+    rng: np.random.Generator,
+    n: int,
+    images: int,
+    tokens: int,
+    *,
+    shift: float = 0.0,
+    effect: float = 1.0,
+    width: int = WIDTH,
 ) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """n data sets [n, images * tokens, WIDTH] a side, x shifted in every coordinate, and the image of each token."""
+    """n data sets [n, images * tokens, width] a side, x shifted in every coordinate, and the image of each token."""
     x, y = (
-        rng.normal(size=(n, images, tokens, WIDTH)) + effect * rng.normal(size=(n, images, 1, WIDTH)) for _ in range(2)
+        rng.normal(size=(n, images, tokens, width)) + effect * rng.normal(size=(n, images, 1, width)) for _ in range(2)
     )
-    return (x + shift).reshape(n, -1, WIDTH), y.reshape(n, -1, WIDTH), np.repeat(np.arange(images), tokens)
+    return (x + shift).reshape(n, -1, width), y.reshape(n, -1, width), np.repeat(np.arange(images), tokens)
 
 
 def chunks(n: int) -> Iterator[int]:
@@ -174,11 +181,11 @@ def paired_js(rng: np.random.Generator, n: int) -> None:
     """The change of the classifier's bound between two runs that differ by noise of one law."""
     print("\n| change of the JS bound, 8 tokens an image, no change | rejected at 0.05 | interval excludes 0 |")
     print("|---|---|---|")
-    for images in (24, 64):
+    for images, width in ((24, WIDTH), (64, WIDTH), (64, 64)):  # the distance between the means is always the same
         rejected, excluded = [], []
         simulations = n // 2
         for k in chunks(simulations):
-            x, y, groups = clouds(rng, k, images, 8, shift=0.5)
+            x, y, groups = clouds(rng, k, images, 8, shift=0.5 * (WIDTH / width) ** 0.5, width=width)
             losses = [
                 js_classifier.held_out(x + 0.5 * rng.normal(size=x.shape), y, groups_x=groups, groups_y=groups)
                 for _ in range(2)
@@ -187,7 +194,8 @@ def paired_js(rng: np.random.Generator, n: int) -> None:
             rejected.append(change.p <= 0.05)
             excluded.append((change.low > 0) | (change.high < 0))
         shares = (np.concatenate(v).mean() for v in (rejected, excluded))
-        print(f"| {images} images, {simulations} simulations | {' | '.join(f'{v:.3f}' for v in shares)} |", flush=True)
+        cells = " | ".join(f"{share:.3f}" for share in shares)
+        print(f"| {images} images, width {width}, {simulations} simulations | {cells} |", flush=True)
 
 
 def adjusted(rng: np.random.Generator, n: int) -> None:
