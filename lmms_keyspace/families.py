@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -132,6 +133,10 @@ class KeySite:
     layer_type: str  # full | sliding
     heads_first: bool = False  # the key module gives `[B, KV heads, T, d]`
 
+    @cached_property
+    def _key_name(self) -> str:
+        return _key_name(self.attention) or "k_proj"
+
     @property
     def key_module(self) -> nn.Module:
         """The module that makes the key that enters RoPE: `k_norm` where there is one, else `k_proj`, else the fused
@@ -139,7 +144,7 @@ class KeySite:
 
         Looked up on each use: loading an adapter puts a new module in its place.
         """
-        module = getattr(self.attention, _key_name(self.attention) or "k_proj")
+        module = getattr(self.attention, self._key_name)
         assert isinstance(module, nn.Module)
         return module
 
@@ -147,7 +152,7 @@ class KeySite:
         """The keys `[B, T, KV heads, d]` in the key module's output."""
         if self.heads_first:
             return output.transpose(1, 2)
-        if _key_name(self.attention) == "qkv_proj":
+        if self._key_name == "qkv_proj":
             query, key = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
             output = output[..., query : query + key]
         return output.reshape(*output.shape[:2], self.n_kv_heads, self.head_dim)

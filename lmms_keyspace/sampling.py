@@ -18,7 +18,7 @@ from lmms_keyspace.tokens import TokenLabels
 
 # Most template and special tokens of a document; they serve one control of the divergence table.
 TEMPLATE_TOKENS = 8
-_TEMPLATE = [MODALITIES.index(name) for name in TEMPLATE]
+_IS_TEMPLATE = np.isin(MODALITIES, TEMPLATE)  # by modality code
 
 
 def hash64(*parts: object) -> int:
@@ -88,10 +88,13 @@ class Sampler:
             positions: candidate positions, distinct and not negative.
             limit: how many; None takes `tokens`.
         """
+        limit = self.tokens if limit is None else limit
         positions = np.sort(np.asarray(positions, dtype=np.int64))
+        if positions.size <= limit:
+            return positions
         base = np.uint64(hash64(self.seed, task, cluster, modality))
         order = np.argsort(mix64(mixed_positions(positions) ^ base), kind="stable")
-        return np.sort(positions[order[: self.tokens if limit is None else limit]])
+        return np.sort(positions[order[:limit]])
 
     def choose_positions(self, task: str, cluster: str, labels: TokenLabels) -> np.ndarray:
         """Positions in the unpadded prompt of the tokens to capture, ascending.
@@ -103,7 +106,7 @@ class Sampler:
         is_visual = labels.modality_codes == MODALITIES.index(VISUAL)
         visual, others = np.flatnonzero(is_visual), np.flatnonzero(~is_visual)
         codes = labels.modality_codes[others]
-        text, template = np.flatnonzero(codes == MODALITIES.index(TEXT)), np.flatnonzero(np.isin(codes, _TEMPLATE))
+        text, template = np.flatnonzero(codes == MODALITIES.index(TEXT)), np.flatnonzero(_IS_TEMPLATE[codes])
         name = (task, cluster, visual.size)
         if name not in self._patches:
             self._patches[name] = self.choose_tokens(task, cluster, VISUAL, np.arange(visual.size))

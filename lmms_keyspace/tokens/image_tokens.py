@@ -57,30 +57,39 @@ def run_starts(is_image: np.ndarray, owners: np.ndarray | None = None) -> np.nda
 
 
 @lru_cache(maxsize=1024)
-def _raster(shapes: tuple[tuple[int, int], ...], first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image, row and column of each token of images side by side, numbered from `first`."""
+def _raster(shapes: tuple[tuple[int, int], ...], first: int) -> np.ndarray:
+    """`[3, T]` image, row and column of each token of images side by side, numbered from `first`."""
     areas = [rows * width for rows, width in shapes]
-    return (
-        np.repeat(np.arange(first, first + len(shapes)), areas),
-        np.concatenate([np.repeat(np.arange(rows), width) for rows, width in shapes]),
-        np.concatenate([np.tile(np.arange(width), rows) for rows, width in shapes]),
+    return np.stack(
+        [
+            np.repeat(np.arange(first, first + len(shapes)), areas),
+            np.concatenate([np.repeat(np.arange(rows), width) for rows, width in shapes]),
+            np.concatenate([np.tile(np.arange(width), rows) for rows, width in shapes]),
+        ]
     )
 
 
-def image_places(
-    name: str, size: int, runs: Sequence[ImageRun], grids: Sequence[tuple[int, int]] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image index, grid row and grid column of each of the T tokens; -1 where there is none."""
+def place_images(
+    name: str, places: np.ndarray, runs: Sequence[ImageRun], grids: Sequence[tuple[int, int]] | None
+) -> None:
+    """Write image index, grid row and grid column of a prompt's image tokens into `places` `[3, T]`.
+
+    Args:
+        name: the prompt's, for messages.
+        runs: its image tokens.
+        grids: rows and columns of each image; None where they are unknown.
+
+    Raises:
+        InputError: the grids do not account for the image tokens.
+    """
     images = sum(run.images for run in runs)
     if grids is not None and len(grids) != images:
         raise InputError("image_grids", name, f"{len(grids)} grids for {images} images; give one per image")
-    index, row, column = (np.full(size, -1, np.int32) for _ in range(3))
     for columns, first, count in runs:
-        index[columns] = first
         if grids is None:
+            places[0, columns] = first
             continue
         shapes = tuple(grids[first : first + count])
         if sum(rows * width for rows, width in shapes) != columns.size:
             raise InputError("image_grids", name, f"grids {list(shapes)} do not make the {columns.size} image tokens")
-        index[columns], row[columns], column[columns] = _raster(shapes, first)
-    return index, row, column
+        places[:, columns] = _raster(shapes, first)
