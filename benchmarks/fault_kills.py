@@ -7,6 +7,7 @@ the same command again. It is killed at a random time, at one of its file operat
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -17,7 +18,6 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import fault_stages as stages
 from fault_stages import Ended, Kill
@@ -26,7 +26,7 @@ from transformers import AutoConfig
 from lmms_keyspace import embedded
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.malora import check_adapter
-from lmms_keyspace.store import LoadedRun, RunFiles, find_runs, load_run
+from lmms_keyspace.store import LoadedRun, find_runs, load_run
 from lmms_keyspace.training.checkpoints import last_whole
 from lmms_keyspace.training.run import RECORD
 
@@ -104,7 +104,7 @@ def kill_once(laid: Laid, number: int, seed: int, scratch: Path) -> Round:
     if stage in ("analyze", "report") and draw.random() < 0.5:  # over a finished result
         shutil.copytree(laid.results[stage], out)
     before = fingerprint(scratch)
-    command, limit = _command(stage, runs, out), 60 + 30 * went.seconds
+    command, limit = _command(stage, runs, out), 300 + 30 * went.seconds
     ended = stages.start(command, scratch, kill=kill, limit_s=limit)
     hang = "did not end" if ended.code is None else ""
     lost = _lost(before, fingerprint(scratch))
@@ -157,32 +157,33 @@ def _lost(before: dict[str, str], after: dict[str, str]) -> str:
 
 def _run_differs(laid: Laid, out: Path, whole: bool) -> str:
     """Every run in the folder is that of the reference, or refused; with `whole`, there is a second one."""
-    (reference,) = find_runs(laid.runs / "base")
-    expected, read = load_run(reference), 0
+    expected, read = _reference(laid.runs / "base"), 0
     for files in find_runs(out):
         with contextlib.suppress(InputError):
-            found = _named(load_run(files), files)
-            if differing := _differing(_named(expected, reference), found):
+            found = _named(load_run(files))
+            if differing := [name for name, content in expected.items() if content != found.get(name)]:
                 return f"{files.date}: {', '.join(differing)} differ from the whole run's"
             read += 1
     return "" if read >= 1 + whole else f"{read} of the runs can be read: {sorted(out.iterdir())}"
 
 
-def _named(run: LoadedRun, files: RunFiles) -> dict[str, Any]:
+@functools.cache
+def _reference(folder: Path) -> dict[str, str]:
+    (files,) = find_runs(folder)
+    return _named(load_run(files))
+
+
+def _named(run: LoadedRun) -> dict[str, str]:
     """What a run says, by file; without its date and the paths and times in it."""
-    assert run.data is not None, f"{files.date} is read as a run that captured nothing"
-    tables = {name: getattr(run.data, name).to_csv() for name in _RUN_TABLES}
-    sums = {key: [getattr(value, name).tolist() for name in ("vv", "tt", "vt")] for key, value in run.data.gram.items()}
-    return tables | {
-        "gram": sums,
-        "keys": {task: {name: keys[name].tolist() for name in keys} for task, keys in run.data.keys.items()},
-        "samples": {task: frame.to_csv() for task, frame in run.samples.items()},
-        "results": run.results["results"],
-    }
-
-
-def _differing(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    return [name for name in expected if str(expected[name]) != str(found.get(name))]
+    data = run.data
+    if data is None:
+        return {"captured": "nothing"}
+    sums = {key: [getattr(value, name).tolist() for name in ("vv", "tt", "vt")] for key, value in data.gram.items()}
+    keys = {task: {name: arrays[name].tolist() for name in arrays} for task, arrays in data.keys.items()}
+    samples = {task: frame.to_csv() for task, frame in run.samples.items()}
+    tables = {name: getattr(data, name).to_csv() for name in _RUN_TABLES}
+    named = {"captured": "all", "gram": sums, "keys": keys, "samples": samples, "results": run.results["results"]}
+    return tables | {name: str(content) for name, content in named.items()}
 
 
 def _files_differ(stage: str) -> Callable[[Laid, Path, bool], str]:

@@ -106,7 +106,7 @@ def start(
     *,
     kill: Kill | None = None,
     prepare: Callable[[], None] = lambda: None,
-    limit_s: float = 120,
+    limit_s: float = 600,
 ) -> Ended:
     """Run a command in a process of its own, and wait for it.
 

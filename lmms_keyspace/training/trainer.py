@@ -213,6 +213,11 @@ class AlignmentTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Not where all steps are taken: a run that was stopped after its last one would take another on resuming."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         with saving(str(self.args.output_dir)):
             super()._save_checkpoint(model, trial)

@@ -96,6 +96,15 @@ def test_a_checkpoint_that_was_not_saved_to_its_end_is_passed_over(
     assert "checkpoint-4 is passed over" in caplog.text
 
 
+def test_a_run_that_was_stopped_after_its_last_step_takes_no_other(whole: Path, tmp_path: Path) -> None:
+    """transformers takes one more step: what was killed between its last checkpoint and its end would differ."""
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
+    run.train(short(tmp_path, "trainer.save_strategy=steps", "trainer.save_steps=2"), resume=True)
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(tmp_path)[name], value), name
+    assert len(steps(tmp_path)) == 4
+
+
 def in_two_processes(*arguments: str) -> None:
     """`lmms-keyspace train` as torchrun starts it, on gloo; without torchrun, whose own start costs as much again."""
     with socket.socket() as free:
