@@ -146,6 +146,8 @@ TRANSFORMERS = [
     ),
     Contract(f"{_TRAINER}.evaluate", ("metric_key_prefix",), "accuracy and flip rate are not followed in training"),
     Contract(f"{_TRAINER}.log", ("logs", "start_time"), "divergence is not in the training log"),
+    Contract(f"{_TRAINER}._run_epoch", (), "a run that was stopped at its end takes a step too many on resuming"),
+    Contract(f"{_TRAINER}._save_checkpoint", ("model", "trial"), "a checkpoint cut short is taken for whole"),
     Contract(f"{_TRAINER}._save", ("output_dir", "state_dict"), "a pickle is written beside the adapter"),
     Contract(
         "transformers.TrainerCallback.on_pre_optimizer_step",

@@ -62,7 +62,17 @@ def by_document_bytes(entries: Mapping[GramKey, KernelSums] | Mapping[GramKey, H
             raise InputError("gram", key, "clusters and token counts must be the same in every layer of a condition")
         for name in _ARRAYS[type(value)]:
             tensors[f"{entry}/{name}"] = np.ascontiguousarray(getattr(value, name), dtype=np.float32)
-    return safetensors_bytes(tensors, {**_metadata(), "clusters": json.dumps(clusters)})
+    return _ordered(safetensors_bytes(tensors, {**_metadata(), "clusters": json.dumps(clusters)}))
+
+
+def _ordered(content: bytes) -> bytes:
+    """The same safetensors file, its metadata in order: safetensors writes them in a random one."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the tensors begin at a multiple of 8
+    return len(encoded).to_bytes(8, "little") + encoded + content[start:]
 
 
 def read_by_document(

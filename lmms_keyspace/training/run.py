@@ -85,7 +85,6 @@ def train(config: TrainingConfig, *, resume: bool = False) -> Path:
     with saving(config.output_dir):
         trainer.save_model(str(config.output_dir))
     if arguments.should_save:
-        (config.output_dir / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         _write_record(config, trainer, adapted, len(examples), time.perf_counter() - started)
     return config.output_dir
 

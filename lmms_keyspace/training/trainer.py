@@ -226,9 +226,9 @@ class AlignmentTrainer(Trainer):
         """The adapter alone; transformers would add a pickle of the arguments, which `training.json` records."""
         if self.args.should_save:
             model: Any = self.model
-            model.save_pretrained(
-                output_dir or self.args.output_dir, state_dict=state_dict, save_embedding_layers=False
-            )
+            folder = str(output_dir or self.args.output_dir)
+            model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+            Path(folder, "README.md").unlink(missing_ok=True)  # PEFT's empty card; it names the base model's folder
 
 
 class _StopAtNaN(TrainerCallback):
