@@ -13,6 +13,7 @@ import yaml
 from peft import LoraConfig, PeftConfig
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.malora import MaloraConfig, preset
@@ -259,7 +260,8 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
     """The arguments of transformers' Trainer: our defaults, the user's, and what the run decides itself.
 
     Raises:
-        InputError: an argument that transformers does not know or refuses, or one that is set elsewhere.
+        InputError: an argument that transformers does not know or refuses, one that is set elsewhere, or one that needs
+            a package or a file that is missing.
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for name, value in config.trainer.items():
@@ -276,7 +278,7 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
         given["max_steps"] = -1
     evaluated = config.evaluation.every > 0
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(config.output_dir),
             seed=config.seed,
             eval_strategy="steps" if evaluated else "no",
@@ -285,10 +287,13 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
             label_names=["labels"],
             **given,
         )
-    except (TypeError, ValueError) as error:
+        for reporter in get_reporting_integration_callbacks(arguments.report_to):
+            reporter()  # the Trainer makes it after the model is loaded, and it may lack its package
+    except (TypeError, ValueError, ImportError, OSError, RuntimeError) as error:
         raise InputError(
             "trainer", json.dumps(config.trainer, default=str), f"transformers refuses it: {error}"
         ) from error
+    return arguments
 
 
 def _number(value: Any) -> Any:

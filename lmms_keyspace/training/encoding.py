@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -29,7 +30,8 @@ class EncodedExamples(Dataset[dict[str, Tensor]]):
         visual_ids: ids of the placeholders of image features.
 
     Raises:
-        InputError: (from an item) a chat template that rewrites earlier turns, or images without visual tokens.
+        InputError: (from an item) a row that the chat template or the processor refuses, a template that rewrites
+            earlier turns, or images without visual tokens.
     """
 
     def __init__(self, examples: Sequence[Example], processor: Any, visual_ids: Sequence[int]) -> None:
@@ -46,7 +48,16 @@ class EncodedExamples(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         example = self.examples[index]
-        inputs = _encode(example, self._processor)
+        try:
+            inputs = _encode(example, self._processor)
+        except InputError:
+            raise
+        except (ValueError, TemplateError) as error:
+            raise InputError(
+                example.name,
+                f"{len(example.images)} images",
+                f"the processor of this model, or its chat template, refuses the row: {error}",
+            ) from error
         if example.images and not torch.isin(inputs["input_ids"], self._visual_ids).any():
             raise InputError(
                 example.name,

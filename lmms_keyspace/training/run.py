@@ -41,8 +41,8 @@ def train(config: TrainingConfig, *, resume: bool = False) -> Path:
         The folder.
 
     Raises:
-        InputError: a setting, the data or the folder cannot be used; found before any weights are read.
-        FloatingPointError: loss or gradient is not finite; the last good adapter is kept.
+        InputError: a setting, the data or the folder cannot be used, found before any weights are read; or the loss or
+            its gradient is not finite, and the last good adapter is kept.
     """
     started = time.perf_counter()
     arguments = training_arguments(config)
@@ -121,12 +121,13 @@ def _check_modalities(examples: Sequence[Example], loss: LossConfig, arguments: 
             "data", f"{len(examples)} rows", f"one batch over all processes takes {batch}; give more data."
         )
     without = sum(not example.images for example in examples)
-    if (loss.lambda_mmd or loss.lambda_gram) and without >= batch:
+    smallest = batch if arguments.dataloader_drop_last else len(examples) % batch or batch
+    if (loss.lambda_mmd or loss.lambda_gram) and without >= smallest:
         raise InputError(
             "data",
             f"{without} of {len(examples)} rows have no image",
-            f"a batch of {batch} could hold text alone, and the MMD and Gram terms compare both modalities; leave such "
-            "rows out, take larger batches, or set lambda_mmd and lambda_gram to 0.",
+            f"a batch of {smallest} could hold text alone, and the MMD and Gram terms compare both modalities; leave "
+            "such rows out, take larger batches, or set lambda_mmd and lambda_gram to 0.",
         )
 
 

@@ -93,7 +93,8 @@ class AlignmentTrainer(Trainer):
     def _calibration_batches(self) -> Iterator[tuple[Batch, Tensor]]:
         """The same examples whatever the number of ranks, so that ranks and resumed runs agree on the bandwidths."""
         examples: Any = self.train_dataset
-        visual_ids = torch.tensor(visual_token_ids(self.model.config))  # type: ignore[union-attr]
+        model: Any = self.model
+        visual_ids = torch.tensor(visual_token_ids(model.config))
         ranks = hash_ranks([str(i) for i in range(len(examples))], self.args.seed, "calibration")
         by_rank = sorted(range(len(ranks)), key=ranks.__getitem__)
         pictured = (i for i in by_rank if torch.isin(examples[i]["input_ids"], visual_ids).any())
@@ -180,21 +181,21 @@ class AlignmentTrainer(Trainer):
         raise InputError(
             what,
             f"not finite at step {self.state.global_step + 1}",
-            f"the adapter as it was before this step is in {folder}; lower learning_rate or the lambdas, or look at this "
-            "step's data.",
+            f"the adapter as it was before this step is in {folder}; lower learning_rate or the lambdas, or look at "
+            "this step's data.",
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to the log of a step the means since the last one: cross-entropy, terms, gates and key norms."""
         if "loss" in logs and self._sums:
-            counts = {name: self._sums.pop(name, 0.0) for name in ("steps", "measured")}
+            counts = {name: float(self._sums.pop(name, 0.0)) for name in ("steps", "measured")}
             names = sorted(self._sums)
             sums = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float32).cpu() for name in names])
             sums = self.accelerator.reduce(sums.to(self.args.device), reduction="mean")
             found = dict(zip(names, sums.tolist(), strict=True))
-            of_tokens = {name: found.pop(f"{name}_tokens") for name in _GATES if name in found}
-            of_steps = dict.fromkeys(("ce", "lambda_mmd"), counts["steps"])
-            logs |= {name: value / (of_steps | of_tokens).get(name, counts["measured"]) for name, value in found.items()}
+            per = dict.fromkeys(("ce", "lambda_mmd"), counts["steps"])
+            per |= {name: found.pop(f"{name}_tokens") for name in _GATES if name in found}
+            logs |= {name: value / per.get(name, counts["measured"]) for name, value in found.items()}
             self._sums.clear()
         super().log(logs, start_time)
 

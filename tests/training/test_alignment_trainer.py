@@ -20,7 +20,7 @@ from lmms_keyspace.malora import MaloraConfig, matched_lora_config
 from lmms_keyspace.malora.taps import key_taps, tapped
 from lmms_keyspace.training.config import EvaluationSettings, LossConfig, TrainingConfig, training_arguments
 from lmms_keyspace.training.encoding import Collator
-from lmms_keyspace.training.trainer import AlignmentTrainer
+from lmms_keyspace.training.trainer import LAST_GOOD, AlignmentTrainer
 
 PROCESSOR = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=PAD, all_special_ids=list(SPECIAL_IDS)))
 
@@ -185,11 +185,37 @@ def test_a_model_without_an_adapted_key(train) -> None:
         train(queries, steps=1)
 
 
+def text_alone(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    words = row["input_ids"] != IMAGE
+    return {name: row[name][words] if name != "example_id" else row[name] for name in row if name != "pixel_values"}
+
+
 def test_a_batch_of_text_alone(train) -> None:
-    rows = [row for row in examples() if "pixel_values" in row]
-    text = [{name: value for name, value in row.items() if name != "pixel_values"} for row in rows]
-    for row in text:
-        words = row["input_ids"] != IMAGE
-        row["input_ids"], row["labels"] = row["input_ids"][words], row["labels"][words]
+    rows = [row if i < 6 else text_alone(row) for i, row in enumerate(examples())]
     with pytest.raises(InputError, match="visual and text"):
-        train(model_of("malora"), steps=1, rows=text)
+        train(model_of("malora"), steps=3, rows=rows, per_device_train_batch_size=1)
+
+
+def test_a_batch_of_text_alone_trains_where_no_term_acts(train) -> None:
+    """The bandwidths are those of the rows with an image, and the logged terms means over the batches that have one."""
+    rows = [row if i % 3 == 0 else text_alone(row) for i, row in enumerate(examples())]
+    settings = {"lambda_mmd": 0.0, "lambda_gram": 0.0, "per_device_train_batch_size": 1, "seed": 1}
+    log = train(model_of("malora"), steps=9, rows=rows, **settings)
+    measured = [entry["mmd2"] for entry in log if "mmd2" in entry]
+    assert 0 < len(measured) < 9
+    assert all(math.isfinite(entry["ce"]) for entry in log)
+    (together,) = train(model_of("malora"), steps=9, rows=rows, logging_steps=9, **settings)
+    assert together["mmd2"] == pytest.approx(sum(measured) / len(measured), rel=1e-5)
+    assert together["ce"] == pytest.approx(mean(log, "ce"), rel=1e-5)
+    assert 0 < together["gate_visual"] < 1
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(train, tmp_path: Path) -> None:
+    model = model_of("malora")
+    weights = next(p for p in model.parameters() if p.requires_grad)
+    weights.register_hook(lambda gradient: gradient * math.inf)
+    before = state(model)
+    with pytest.raises(InputError, match=r"gradient='not finite at step 1'"):
+        train(model, steps=2)
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+    assert (tmp_path / LAST_GOOD / "adapter_model.safetensors").is_file()

@@ -157,6 +157,24 @@ def test_other_architectures(family: str) -> None:
     assert together.item() == pytest.approx(torch.stack(alone).mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "template", "message"),
+    [
+        ("qwen2_5_vl", TEMPLATE.replace("IMAGE", ""), "number of images passed"),
+        ("qwen2_5_vl", "{{ raise_exception('no such role') }}", "refuses the row: no such role"),
+        ("idefics3", TEMPLATE.replace("IMAGE", ""), "refuses the row"),
+        ("gemma3", TEMPLATE.replace("IMAGE", ""), "refuses the row"),
+    ],
+)
+def test_a_row_that_the_processor_or_its_template_refuses_is_named(family: str, template: str, message: str) -> None:
+    processor = family_processor(family)
+    processor.chat_template = template
+    example = Example("row 7", (picture,), (Turn("user", "<image> What color ?"), Turn("assistant", "red")))
+    encoded = EncodedExamples([example], processor, visual_token_ids(family_model(family).config))
+    with pytest.raises(InputError, match=rf"row 7='1 images'.*{message}"):
+        encoded[0]
+
+
 def test_answers_before_a_later_image_are_found(processor) -> None:
     turns = (
         Turn("user", "<image>What color is the object?"),

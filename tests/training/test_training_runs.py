@@ -154,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_adapter(tmp_path: Path, m
         return plain(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(AlignmentTrainer, "compute_loss", poisoned)
-    with pytest.raises(FloatingPointError, match="step 3"):
+    with pytest.raises(InputError, match=rf"loss='not finite at step 3'.*{LAST_GOOD}"):
         run.train(short(tmp_path))
     kept = weights(tmp_path / LAST_GOOD)
     assert all(torch.isfinite(value).all() for value in kept.values())
@@ -168,25 +168,32 @@ def rows(folder: Path, *images: str | None) -> str:
     return f"data={{path: {folder / 'rows.jsonl'}}}"
 
 
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights may be read."""
+
+    def loaded(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(run.AutoModelForImageTextToText, "from_pretrained", loaded)
+
+
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize(
     ("flags", "argument"),
     [
         (["adapter.malora.r=0"], "r"),
+        (["adapter.lora={r: 0}"], "adapter.lora.r"),
         (["adapter.malora={target_modules: nothing}"], "target_modules"),
         (["adapter.malora={target_modules: '.*vision_tower.*k_proj'}"], "target_modules"),
         (["adapter.lora={target_modules: '.*k_proj'}"], "target_modules"),
+        (["adapter.lora={target_modules: nothing}"], "target_modules"),
         (["data={path: ROWS}"], "rows.jsonl line 2"),
         (["data={path: ROWS, bad_images: skip}", "trainer.per_device_train_batch_size=1"], "data"),
         (["pretrained=/nowhere"], "pretrained"),
     ],
 )
-def test_bad_input_is_found_before_the_model_loads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], argument: str
-) -> None:
-    def loaded(*args: object, **kwargs: object) -> None:
-        raise AssertionError("the weights were read")
-
-    monkeypatch.setattr(run.AutoModelForImageTextToText, "from_pretrained", loaded)
+def test_bad_input_is_found_before_the_model_loads(tmp_path: Path, flags: list[str], argument: str) -> None:
     rows(tmp_path, "a.png", "absent.png", None)
     flags = [flag.replace("ROWS", str(tmp_path / "rows.jsonl")) for flag in flags]
     with pytest.raises(InputError) as caught:
@@ -194,13 +201,20 @@ def test_bad_input_is_found_before_the_model_loads(
     assert caught.value.argument == argument
 
 
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize(
     ("images", "batch", "message"),
-    [((None, None), 1, "no visual token"), (("a.png",), 2, "give more data"), (("a.png", None, None), 2, "text alone")],
+    [
+        ((None, None), 1, "no visual token"),
+        (("a.png",), 2, "give more data"),
+        (("a.png", None, None), 2, "a batch of 2 could hold text alone"),
+        (("a.png", "a.png", None), 2, "a batch of 1 could hold text alone"),  # the last one, which is not dropped here
+    ],
 )
 def test_data_without_enough_images(tmp_path: Path, images: tuple[str | None, ...], batch: int, message: str) -> None:
+    batches = f"trainer={{per_device_train_batch_size: {batch}, dataloader_drop_last: false}}"
     with pytest.raises(InputError, match=message):
-        run.train(short(tmp_path / "out", rows(tmp_path, *images), f"trainer.per_device_train_batch_size={batch}"))
+        run.train(short(tmp_path / "out", rows(tmp_path, *images), batches))
 
 
 def test_no_room_is_one_sentence(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -70,12 +71,33 @@ def test_files_that_are_no_settings(tmp_path: Path, text: str | None) -> None:
         ("trainer.learning_rat=1", "trainer.learning_rat"),
         ("trainer.output_dir=x", "trainer.output_dir"),
         ("trainer.lr_scheduler_type=spiral", "trainer"),
+        ("trainer={fsdp: true, fsdp_config: absent.json}", "trainer"),
+        ("trainer.report_to=pigeon", "trainer"),
     ],
 )
 def test_arguments_of_transformers(setting: str, named: str) -> None:
     with pytest.raises(InputError) as caught:
         training_arguments(read_config(None, [OUT, setting]))
     assert caught.value.argument == named
+
+
+def test_arguments_of_accelerate_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers sets it, and it would stay
+    fsdp = "{version: 2, transformer_layer_cls_to_wrap: [LlamaDecoderLayer], cpu_ram_efficient_loading: true}"
+    arguments = training_arguments(read_config(None, [OUT, f"trainer={{fsdp: true, fsdp_config: {fsdp}, bf16: true}}"]))
+    assert arguments.fsdp_plugin_args["transformer_cls_names_to_wrap"] == "LlamaDecoderLayer"
+    assert arguments.bf16
+
+
+@pytest.mark.parametrize(
+    ("package", "setting"),
+    [("tensorboard", "trainer.report_to=[tensorboard]"), ("deepspeed", "trainer.deepspeed={train_batch_size: auto}")],
+)
+def test_a_package_that_is_missing_is_named(package: str, setting: str) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(InputError, match=package):
+        training_arguments(read_config(None, [OUT, setting]))
 
 
 @pytest.mark.parametrize(
