@@ -1,9 +1,11 @@
 """The two alignment terms of MaLoRA, per KV head, with gradients.
 
 arXiv 2510.26721 names them (multi-kernel MMD, Gram reference regularization) without formulas in the text at hand; the
-forms here are this project's own. `lmms_keyspace.divergence` measures the same MMD^2 for reports: it returns numpy,
-works tile by tile and leaves out pairs of tokens of one image. Here the token U-statistic is differentiated on one
-small batch, where leaving those pairs out would leave too few.
+forms here are this project's own, with anchor, warm-up and frozen bandwidths. Precedents: several kernels in an MMD
+loss, DAN (Long et al., arXiv 1502.02791); a loss on the difference of two Gram matrices, DINOv3's Gram anchoring (arXiv
+2508.10104). `lmms_keyspace.divergence` measures the same MMD^2 for reports: it returns numpy, works tile by tile and
+leaves out pairs of tokens of one image. Here the token U-statistic is differentiated on one small batch, where leaving
+those pairs out would leave too few.
 """
 
 from __future__ import annotations

@@ -291,6 +291,16 @@ def test_cached_decoding_equals_teacher_forcing() -> None:
     torch.testing.assert_close(torch.stack(out.logits, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [3, 7])
+def test_a_prefill_in_chunks_is_the_whole(size: int) -> None:
+    """Chunks that begin with text, cut an image in two, or hold none."""
+    model, inputs = adapted(), batch(prompt(10, 11, 12, 13, "image", 14, "image", 15, 16, 17, 18))
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    whole = model.generate(**inputs, **settings)
+    parts = model.generate(**inputs, **settings, prefill_chunk_size=size)
+    torch.testing.assert_close(torch.stack(parts.logits), torch.stack(whole.logits), rtol=1e-4, atol=1e-4)
+
+
 def test_a_decoded_placeholder_is_text() -> None:
     """A model may emit the placeholder's id; without pixels it is an embedding like any other."""
     model, inputs = adapted(), mixed_batch()

@@ -2,7 +2,7 @@
 
 What is not here is in `test_adapter.py` (merging is refused, deepcopy, unload, modules to save, embeddings as input,
 reentrant and other checkpointing) or `test_variants.py` (the layer itself), or does not apply: prompt learning,
-adapters with biases, weighted combinations, conversion to LoRA.
+adapters with biases, weighted combinations; saving as a pickle, which this project does not do.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from adapter_models import batch, prompt, tiny_llava
 from peft import (
     PeftConfig,
     PeftModel,
+    convert_to_lora,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -119,6 +120,7 @@ def test_saving_and_loading(config: MaloraConfig, inputs: dict[str, Tensor], tmp
     read, written = PeftConfig.from_pretrained(tmp_path).to_dict(), model.peft_config["default"].to_dict()
     added = {"inference_mode": True, "auto_mapping": read["auto_mapping"]}  # what `save_pretrained` writes of its own
     assert read == written | added
+    assert "library_name: peft" in (tmp_path / "README.md").read_text()
     trainable = PeftModel.from_pretrained(tiny_llava(), tmp_path, is_trainable=True)
     assert trainable.get_nb_trainable_parameters()[0] == model.get_nb_trainable_parameters()[0]
 
@@ -175,6 +177,18 @@ def test_generating(config: MaloraConfig, inputs: dict[str, Tensor], dtype: torc
     model = get_peft_model(tiny_llava().to(dtype), config).eval()
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     assert model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape == (2, inputs["input_ids"].shape[1] + 3)
+
+
+def test_generating_from_ids_given_by_position(config: MaloraConfig) -> None:
+    assert adapted(config).generate(torch.tensor([prompt(10, 11)]), max_new_tokens=2, min_new_tokens=2).shape == (1, 5)
+
+
+def test_a_conversion_to_lora_is_refused(config: MaloraConfig) -> None:
+    """An update that depends on the token is no difference of two matrices."""
+    model = adapted(config)
+    assert not model.supports_lora_conversion()
+    with pytest.raises((TypeError, ValueError), match=r"(?i)convert|support"):
+        convert_to_lora(model, rank=4)
 
 
 def test_training_moves_the_adapter_alone(config: MaloraConfig, inputs: dict[str, Tensor]) -> None:

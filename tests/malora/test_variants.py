@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.malora import MaloraConfig, MaloraLinear
+from lmms_keyspace.malora import MaloraConfig, MaloraLinear, modality_mask
 
 QKVO = ["q", "k", "v", "o"]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -160,6 +160,33 @@ def test_decoding_with_a_cache_is_teacher_forcing(settings: dict[str, Any]) -> N
         "labels": torch.cat([torch.full_like(inputs["input_ids"], -100), new], dim=1),
     }
     torch.testing.assert_close(torch.stack(out.logits, dim=1), logits(model, forced)[:, -5:-1], rtol=1e-5, atol=1e-5)
+
+
+def test_other_linears_of_the_decoder() -> None:
+    """The two inner layers of the feed-forward part and the one that leads out of it."""
+    model, inputs = adapted({"target_modules": r".*language_model\..*mlp\.(gate|up|down)_proj"}), batch(*prompts())
+    seen = seen_by_layers(model, inputs)
+    assert len(seen) == 9
+    visual = inputs["input_ids"] == IMAGE
+    for name, (x, out) in seen.items():
+        layer = layers_of(model)[name]
+        expected = layer.get_base_layer()(x[0]).double() + update(layer, x[0], visual[0], ~visual[0], 0)
+        torch.testing.assert_close(out[0].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@variants
+def test_one_stacked_product_reads_and_one_writes(settings: dict[str, Any]) -> None:
+    """Not one pass for each modality; a branch beside a gate per head is outside that gate and has a product more."""
+    model = adapted(settings)
+    layer = next(layer for name, layer in layers_of(model).items() if name.endswith("k_proj"))
+    x = torch.randn(1, 6, layer.in_features)
+    calls: list[Tensor] = []
+    original = torch.nn.functional.linear
+    visual = torch.tensor([[True, True, True, False, False, False]])
+    with modality_mask(model, visual), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(args[1]) or original(*args))
+        layer(x)
+    assert len(calls) == (4 if settings.get("shared_r") and settings.get("gate") == "head" else 3)  # the base's is one
 
 
 @causal

@@ -207,7 +207,7 @@ def test_bad_input_is_found_before_the_model_loads(tmp_path: Path, flags: list[s
     [
         ((None, None), 1, "no visual token"),
         (("a.png",), 2, "give more data"),
-        (("a.png", None, None), 2, "a batch of 2 could hold text alone"),
+        (("a.png", "a.png", None, None), 2, "a batch of 2 could hold text alone"),
         (("a.png", "a.png", None), 2, "a batch of 1 could hold text alone"),  # the last one, which is not dropped here
     ],
 )
