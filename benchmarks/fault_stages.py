@@ -126,7 +126,7 @@ def start(
     if child == 0:
         os.close(said)
         _watch(within, kill, counted)
-        _be(command, theirs, prepare)
+        be(command, theirs, prepare)
     os.close(theirs)
     due = begun + kill.seconds if kill is not None and kill.seconds is not None else None
     text, hung = bytearray(), False
@@ -149,7 +149,7 @@ def start(
     return Ended(None if hung else code, text.decode(errors="replace"), time.monotonic() - begun, _number(counted))
 
 
-def _be(command: Sequence[str], said: int, prepare: Callable[[], None]) -> None:
+def be(command: Sequence[str], said: int, prepare: Callable[[], None]) -> None:
     """The rest of the life of a forked process."""
     code = 70
     try:

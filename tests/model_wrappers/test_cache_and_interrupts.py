@@ -7,6 +7,7 @@ import sqlite3
 
 import pandas as pd
 import pytest
+import torch
 from evaluation import DATE, evaluate, fix_cache_version, run_of
 from loguru import logger
 from transformers import GenerationMixin
@@ -51,6 +52,22 @@ def test_an_interrupt_leaves_what_was_captured(monkeypatch, tmp_path, interrupt,
     logger.remove(sink)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert f"stopped at {TASK}, document" in "".join(said)
+    record = json.loads((tmp_path / f"{DATE}_keyspace.json").read_text())
+    assert record["complete"] is False
+    assert record["tasks"][TASK]["rows_captured"] == 4
+    assert pd.read_parquet(tmp_path / f"{DATE}_tokens.parquet")["doc_id"].nunique() == 4
+
+
+def no_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_too_little_memory_leaves_what_was_captured(monkeypatch, tmp_path):
+    interrupted(monkeypatch, 3, no_memory)
+    with pytest.raises(
+        InputError, match=rf"batch_size=2: memory does not suffice for {TASK}, document \d+, \d+;"
+    ):
+        evaluate("keyspace_llava", tmp_path, limit=12, batch_size=2)
     record = json.loads((tmp_path / f"{DATE}_keyspace.json").read_text())
     assert record["complete"] is False
     assert record["tasks"][TASK]["rows_captured"] == 4
