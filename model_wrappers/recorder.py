@@ -225,22 +225,22 @@ class Recorder:
             task.image_tokens[str(counts.get(VISUAL, 0))] += 1
 
     def _rows(self, requests: Sequence[Request], images: Sequence[list[Any]], inputs: Any) -> list[Row]:
+        prompts = [self.observed.tasks[request.task].prompts[request.doc_id] for request in requests]
+        ids, mask = (inputs[name].cpu().numpy() for name in ("input_ids", "attention_mask"))
+        row_ids = [line[own] for line, own in zip(ids, mask != 0, strict=True)]
         grids = self.observed.decoder.image_grids(inputs)  # of all images of the batch, in order
-        ids, own = (inputs[name].cpu().numpy() for name in ("input_ids", "attention_mask"))
-        next_image = 0
+        row_grids: list[list[tuple[int, int]] | None] = [None] * len(prompts)
+        if grids is not None:
+            ends = np.cumsum([len(shown) for shown in images]).tolist()
+            row_grids = [grids[end - len(shown) : end] for end, shown in zip(ends, images, strict=True)]
+        labeled = self._labeler.label_batch(prompts, row_ids, row_grids)
         rows = []
-        for index, (request, shown) in enumerate(zip(requests, images, strict=True)):
-            task = self.observed.tasks[request.task]
-            prompt = task.prompts[request.doc_id]
-            row_ids = ids[index][own[index] != 0]
-            row_grids = grids[next_image : next_image + len(shown)] if grids is not None else None
-            next_image += len(shown)
-            labels = self._labeler.label(prompt, row_ids, row_grids)
+        for request, shown, prompt, own_ids, labels in zip(requests, images, prompts, row_ids, labeled, strict=True):
             positions = _NO_POSITIONS
-            if prompt.cluster in task.chosen:
+            if prompt.cluster in self.observed.tasks[request.task].chosen:
                 positions = self._sampler.choose_positions(request.task, prompt.cluster, labels)
                 prompt = replace(prompt, image_shas=_image_shas(request, shown))
-            rows.append(Row(prompt, row_ids, labels, positions))
+            rows.append(Row(prompt, own_ids, labels, positions))
         return rows
 
 
