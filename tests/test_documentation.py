@@ -78,6 +78,7 @@ def commands(page: Path) -> Iterator[Command]:
 
 ALL = [command for page in PAGES for command in commands(page)]
 TUTORIAL = [command for command in ALL if command.page == "tutorial.md" and command.heading.endswith(OFFLINE)]
+INTERVENING = [command for command in ALL if command.page == "malora.md"]
 EXTENDING = [command for command in ALL if command.page == "extending.md"]
 PARSED = [command for command in ALL if command.arguments[0] != "python"]
 
@@ -114,16 +115,16 @@ json.dump(exits, open("exits.json", "w"))
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> tuple[Path, str]:
-    """The folder in which the tutorial's offline commands and those of the page on extending were run, and the output.
+    """The folder in which every offline command was run (tutorial, interventions, extending), and the output.
 
-    One start of Python serves both.
+    One start of Python serves them all.
     """
     folder = tmp_path_factory.mktemp("documentation")
     for block in blocks(ROOT / "docs" / "extending.md"):
         if block.file:
             (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
             (folder / block.file).write_text(block.text, encoding="utf-8")
-    given = [words + SHORTER.get(words[0], SHORTER.get(words[1], [])) for _, _, words in TUTORIAL]
+    given = [words + SHORTER.get(words[0], SHORTER.get(words[1], [])) for _, _, words in TUTORIAL + INTERVENING]
     given += [command.arguments for command in EXTENDING]
     (folder / "commands.json").write_text(json.dumps(given))
     done = subprocess.run(
@@ -154,6 +155,13 @@ def test_the_offline_part_of_the_tutorial_runs(ran):
         assert len(run_in(folder / "runs" / name).samples["textbias_probe_quick"]) == 12
     assert (folder / "runs" / "report" / "report.html").is_file()
     assert (folder / "runs" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_an_intervention_takes_its_statistics_from_the_run_before(ran):
+    folder, _ = ran
+    reference, shifted = (run_in(folder / "out" / name).data.record for name in ("reference", "shifted"))
+    assert len(INTERVENING) == 2
+    assert shifted.intervention == f"mean_shift from {reference.date}"
 
 
 def test_each_extension_is_under_40_lines():
