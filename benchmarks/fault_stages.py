@@ -157,6 +157,7 @@ def be(command: Sequence[str], said: int, prepare: Callable[[], None]) -> None:
             os.dup2(os.open(os.devnull, os.O_RDONLY) if number == 0 else said, number)
         os.close(said)
         sys.argv = list(command)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
         prepare()
         _main(command[0])
         code = 0

@@ -1,8 +1,9 @@
-"""Faults on purpose: files are damaged, stages are killed, disks are full, and what the commands make of it.
+"""Faults on purpose: damaged files, killed stages, full disks, a process that dies, and what the commands make of it.
 
     python benchmarks/faults.py corruptions RUN RUN [--n 1000] [--seed 0] [--log FILE]
     python benchmarks/faults.py kills [--n 200] [--seed 0] [--log FILE]
     python benchmarks/faults.py disks
+    python benchmarks/faults.py ranks
 
 A log has one line of JSON a round; the same command goes on after it. Exits 1 when there was a fault.
 """
@@ -33,6 +34,23 @@ def kills(given: argparse.Namespace) -> int:
     return len(faults)
 
 
+def disks(given: argparse.Namespace) -> int:
+    fault_disks = importlib.import_module("fault_disks")
+    with tempfile.TemporaryDirectory() as folder:
+        found = fault_disks.try_all(Path(folder))
+    for one in found:
+        print(f"{one.stage:8} {'no folder' if one.room is None else f'{one.room} bytes':12} {one.fault or 'ok'}")
+    return sum(bool(one.fault) for one in found)
+
+
+def ranks(given: argparse.Namespace) -> int:
+    fault_ranks = importlib.import_module("fault_ranks")
+    with tempfile.TemporaryDirectory() as folder:
+        fault = fault_ranks.kill_one(Path(folder))
+    print(fault or "ok")
+    return bool(fault)
+
+
 def corruptions(given: argparse.Namespace) -> int:
     fault_corruptions = importlib.import_module("fault_corruptions")
     found = fault_corruptions.rounds(given.runs, range(given.seed, given.seed + given.n), given.log)
@@ -55,6 +73,8 @@ def main() -> None:
         one.add_argument("--log", type=Path)
         if command is corruptions:
             one.add_argument("runs", type=Path, nargs=2)
+    for alone in (disks, ranks):
+        commands.add_parser(alone.__name__).set_defaults(command=alone)
     given = parser.parse_args()
     os.environ |= ENVIRONMENT
     sys.exit(bool(given.command(given)))
