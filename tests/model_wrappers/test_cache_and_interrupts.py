@@ -64,9 +64,7 @@ def no_memory():
 
 def test_too_little_memory_leaves_what_was_captured(monkeypatch, tmp_path):
     interrupted(monkeypatch, 3, no_memory)
-    with pytest.raises(
-        InputError, match=rf"batch_size=2: memory does not suffice for {TASK}, document \d+, \d+;"
-    ):
+    with pytest.raises(InputError, match=rf"batch_size=2: memory does not suffice for {TASK}, document \d+, \d+;"):
         evaluate("keyspace_llava", tmp_path, limit=12, batch_size=2)
     record = json.loads((tmp_path / f"{DATE}_keyspace.json").read_text())
     assert record["complete"] is False
