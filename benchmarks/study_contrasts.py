@@ -9,10 +9,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp
+from study_units import CORE
 
 from lmms_keyspace import stats
 
 BASE, CONTROL = "base", "lora_k"
+INDEPENDENT = "mmd2_laplace_k_pre"  # a divergence that is not the trained one, for questions that need one figure
+SHOWN_BELOW = 0.05  # adjusted p
 
 
 class Contrast(NamedTuple):
@@ -22,6 +25,9 @@ class Contrast(NamedTuple):
     low: float
     high: float
     p: float
+
+    def __str__(self) -> str:
+        return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
 def paired(table: pd.DataFrame, arm: str, control: str, data: str, outcome: str) -> Contrast:
@@ -80,3 +86,29 @@ def name_of(record: dict[str, Any]) -> str:
     """The unit's name, without the folder of the raw files."""
     unit = record["unit"]
     return f"{unit['phase']}/{unit['base']}/{unit['arm']}-{unit['data']}-{unit['seed']}"
+
+
+def layer_slopes(records: Sequence[dict[str, Any]], divergence: str) -> stats.Slopes:
+    """By layer, change of the flip rate for a fall of the divergence by 1, over the adapters of the core arms.
+
+    Least squares with a level for each data setting; clusters are the pairs of data and seed.
+    """
+    base = next(record for record in records if record["unit"]["arm"] == BASE)
+    trained = [record for record in records if record["unit"]["arm"] in CORE]
+    falls = np.array([np.subtract(base["by_layer"][divergence], record["by_layer"][divergence]) for record in trained])
+    change = [record["figures"]["text_flip_rate"] - base["figures"]["text_flip_rate"] for record in trained]
+    data = [record["unit"]["data"] for record in trained]
+    clusters = [f"{record['unit']['data']} {record['unit']['seed']}" for record in trained]
+    return stats.cluster_slopes(change, falls.T, clusters, strata=data)
+
+
+def document_slopes(records: Sequence[dict[str, Any]], arms: Sequence[str]) -> stats.Slopes:
+    """Change of the margin of gold over the lure for 1 more attention mass, and for 1 more visual logit advantage.
+
+    Each alone, over the documents and adapters of these arms with a level for each adapter; clusters are documents.
+    """
+    base = next(record for record in records if record["unit"]["arm"] == BASE)["documents"]
+    rows = [document_rows(record, base) for record in records if record["unit"]["arm"] in arms]
+    table = pd.concat(rows, ignore_index=True).dropna()
+    x = table[["mass", "advantage"]].to_numpy().T
+    return stats.cluster_slopes(table["margin"], x, table["document"].tolist(), strata=table["unit"].tolist())

@@ -13,8 +13,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from study_contrasts import BASE, CONTROL, Contrast, contrast, document_rows, family, follows_text, name_of, paired
+from study_contrasts import (
+    BASE,
+    CONTROL,
+    INDEPENDENT,
+    SHOWN_BELOW,
+    Contrast,
+    contrast,
+    document_slopes,
+    family,
+    follows_text,
+    layer_slopes,
+    name_of,
+    paired,
+)
 from study_figures import draw
+from study_summary import in_short
 from study_units import CORE, DATA, HEADLINE, LEARNING_RATES, OTHERS, OTHERS_DATA, TRAINING_FREE, final_units
 
 from lmms_keyspace import stats
@@ -34,7 +48,6 @@ OUTCOMES = {
     "attention_mass_conflict": "attention mass on the image, conflict",
     "visual_advantage_conflict": "visual logit advantage, conflict",
 }
-INDEPENDENT = "mmd2_laplace_k_pre"  # a divergence that is not the trained one, for questions that need one figure
 QUESTIONS = (
     ("Does the divergence fall?", BASE, INDEPENDENT),
     ("Does the divergence fall more than with plain LoRA of equal parameters?", CONTROL, INDEPENDENT),
@@ -42,7 +55,7 @@ QUESTIONS = (
     ("Does the text bias fall more than with plain LoRA of equal parameters?", CONTROL, "text_flip_rate"),
     ("Does clean accuracy change against plain LoRA?", CONTROL, "clean_acc"),
 )
-SHOWN_BELOW = 0.05  # adjusted p
+GROUPS = {"LoRA on keys": CORE[:1], "MaLoRA without MMD": CORE[1:2], "MaLoRA": CORE[2:]}
 
 
 def write_page(raw: Path, prints: dict[str, str], docs: Path = DOCS) -> Path:
@@ -65,8 +78,11 @@ def write_page(raw: Path, prints: dict[str, str], docs: Path = DOCS) -> Path:
         figures.mkdir(exist_ok=True)
         bundled = [record for record in records if record["unit"]["base"] == "bundled"]
         own = table[table["base"] == "bundled"]
-        lines += [*_answers(own, bundled), *_tables(own), *_by_layer(bundled), *_training_free(own, bundled)]
-        lines += [*_by_document(bundled), *_bases(table, bases)]
+        by_layer = layer_slopes(bundled, INDEPENDENT)
+        by_document = {label: document_slopes(bundled, arms) for label, arms in GROUPS.items()}
+        lines += in_short(own, bundled, by_layer, by_document, OUTCOMES[INDEPENDENT])
+        lines += [*_answers(own, bundled), *_tables(own), *_by_layer(by_layer), *_training_free(own, bundled)]
+        lines += [*_by_document(by_document), *_bases(table, bases)]
         draw(own, INDEPENDENT, OUTCOMES[INDEPENDENT], figures)
         lines += ["", "## Figures", "", "![flip rates](study/flip.svg)", "", "![fall and change](study/change.svg)"]
     page = docs / "study.md"
@@ -123,7 +139,7 @@ def _state(records: list[dict[str, Any]], prints: dict[str, str], stale: list[st
         offered = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
         rates = ", ".join(f"{arm} {rate:g}" for arm, rate in sorted(chosen.items()) if rate is not None)
         lines.append(f"- learning rates chosen from {offered}: {rates}")
-        lines.append(f"- {len(records)} units; median {np.median(seconds):.0f} s each, longest {max(seconds):.0f} s")
+        lines.append(f"- {len(records)} units; median {np.median(seconds):.0f} s each by the clock of a shared machine")
     return [*lines, ""]
 
 
@@ -151,7 +167,7 @@ def _answers(table: pd.DataFrame, records: list[dict[str, Any]]) -> list[str]:
     ]
     for data in DATA:
         of = {arm: [r for r in records if r["unit"]["arm"] == arm and r["unit"]["data"] == data] for arm in CORE}
-        lines.append(f"| {data} | {' | '.join(_text(follows_text(of[arm], of[CONTROL])) for arm in CORE[1:])} |")
+        lines.append(f"| {data} | {' | '.join(str(follows_text(of[arm], of[CONTROL])) for arm in CORE[1:])} |")
     return [*lines, "", "Intervals: 200 documents, bootstrap, means over the seeds; not adjusted.", ""]
 
 
@@ -171,7 +187,7 @@ def _in_words(found: dict[str, list[tuple[str, Contrast, float]]]) -> list[str]:
 
 
 def _shown(found: Contrast, p: float) -> str:
-    text = f"{_text(found)}, p {_p(p)}"
+    text = f"{found}, p {_p(p)}"
     return f"**{text}**" if p < SHOWN_BELOW else text
 
 
@@ -189,23 +205,13 @@ def _tables(table: pd.DataFrame) -> list[str]:
         rest = [arm for arm in arms if arm != CONTROL]
         lines += [f"| | {' | '.join(rest)} |", "|---" * (len(rest) + 1) + "|"]
         for outcome, label in OUTCOMES.items():
-            cells = [f"{_text(found)}, p {_p(p)}" for _, found, p in family(table, rest, CONTROL, data, outcome)]
+            cells = [f"{found}, p {_p(p)}" for _, found, p in family(table, rest, CONTROL, data, outcome)]
             lines.append(f"| {label} | {' | '.join(cells)} |")
         lines.append("")
     return lines
 
 
-def _by_layer(records: list[dict[str, Any]]) -> list[str]:
-    """Slopes of the change of the flip rate on the fall of the divergence, layer by layer."""
-    base = next(record for record in records if record["unit"]["arm"] == "base")
-    trained = [record for record in records if record["unit"]["arm"] in CORE]
-    falls = np.array(
-        [np.subtract(base["by_layer"][INDEPENDENT], record["by_layer"][INDEPENDENT]) for record in trained]
-    )
-    change = [record["figures"]["text_flip_rate"] - base["figures"]["text_flip_rate"] for record in trained]
-    data = [record["unit"]["data"] for record in trained]
-    clusters = [f"{record['unit']['data']} {record['unit']['seed']}" for record in trained]
-    slopes = stats.cluster_slopes(change, falls.T, clusters, strata=data)
+def _by_layer(slopes: stats.Slopes) -> list[str]:
     lines = ["## Does the fall by layer predict the change of the flip rate?", ""]
     lines += ["| layer | change of the flip rate for a fall of 0.1 | adjusted p |", "|---|---|---|"]
     for layer, p in enumerate(stats.holm(slopes.p)):
@@ -231,13 +237,12 @@ def _training_free(table: pd.DataFrame, records: list[dict[str, Any]]) -> list[s
         cells = [f"{figures.loc[arm, outcome]:.3f}" for arm in ("base", *TRAINING_FREE)]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     changes = [follows_text([r for r in records if r["unit"]["arm"] == arm], [base]) for arm in TRAINING_FREE]
-    lines.append(f"| follows the misleading text, less base | | {' | '.join(map(_text, changes))} |")
+    lines.append(f"| follows the misleading text, less base | | {' | '.join(map(str, changes))} |")
     return [*lines, "", "Means over draws of the statistics or the direction; intervals by documents.", ""]
 
 
-def _by_document(records: list[dict[str, Any]]) -> list[str]:
+def _by_document(slopes: dict[str, stats.Slopes]) -> list[str]:
     """Document by document: does more attention to the image go with a larger margin of the right answer?"""
-    base = next(record for record in records if record["unit"]["arm"] == "base")["documents"]
     lines = ["## Document by document", ""]
     lines += [
         "Change (adapted less base, same document, conflict) of the margin of gold over the lure, in nats, for:",
@@ -247,16 +252,12 @@ def _by_document(records: list[dict[str, Any]]) -> list[str]:
         "| arms | 0.1 more attention mass on the image | 1 more visual logit advantage | documents |",
         "|---|---|---|---|",
     ]
-    for label, arms in (("LoRA on keys", CORE[:1]), ("MaLoRA without MMD", CORE[1:2]), ("MaLoRA", CORE[2:])):
-        rows = [document_rows(record, base) for record in records if record["unit"]["arm"] in arms]
-        table = pd.concat(rows, ignore_index=True).dropna()
-        x = table[["mass", "advantage"]].to_numpy().T
-        slopes = stats.cluster_slopes(table["margin"], x, table["document"].tolist(), strata=table["unit"].tolist())
+    for label, found in slopes.items():
         cells = []
         for place, step in ((0, 0.1), (1, 1.0)):
-            value, low, high = (step * float(each[place]) for each in (slopes.slope, slopes.low, slopes.high))
+            value, low, high = (step * float(each[place]) for each in (found.slope, found.low, found.high))
             cells.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
-        lines.append(f"| {label} | {' | '.join(cells)} | {slopes.clusters} |")
+        lines.append(f"| {label} | {' | '.join(cells)} | {found.clusters} |")
     return [*lines, "", "95 % intervals by documents (cluster-robust), one level for each adapter.", ""]
 
 
@@ -276,7 +277,7 @@ def _bases(table: pd.DataFrame, bases: list[str]) -> list[str]:
         (before,) = own[own["arm"] == BASE]["text_flip_rate"]
         for arm in HEADLINE[1:]:
             cells = [
-                _text(paired(own, arm, CONTROL, OTHERS_DATA, outcome))
+                str(paired(own, arm, CONTROL, OTHERS_DATA, outcome))
                 for outcome in ("text_flip_rate", "clean_acc", INDEPENDENT)
             ]
             lines.append(f"| {base} | {before:.3f} | {arm} | {' | '.join(cells)} |")
@@ -285,12 +286,8 @@ def _bases(table: pd.DataFrame, bases: list[str]) -> list[str]:
             paired(table[table["base"] == base], arm, CONTROL, OTHERS_DATA, "text_flip_rate").difference
             for base in bases
         ]
-        lines += ["", f"{arm}, flip rate, unit base ({len(bases)}): {_text(contrast(np.array(each)))}."]
+        lines += ["", f"{arm}, flip rate, unit base ({len(bases)}): {contrast(np.array(each))!s}."]
     return [*lines, ""]
-
-
-def _text(found: Contrast) -> str:
-    return f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def _p(p: float) -> str:
