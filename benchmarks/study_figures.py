@@ -36,7 +36,7 @@ def draw(table: pd.DataFrame, divergence: str, label: str, folder: Path) -> None
         axis.set_title(data)
     axes[0].set_ylabel("flip rate (dotted: base)")
     _save(figure, folder / "flip.svg")
-    figure, axis = plt.subplots(figsize=(5.5, 4))
+    figure, axis = plt.subplots(figsize=(7, 4))
     for place, arm in enumerate(CORE):
         own = table[table["arm"] == arm]
         fall, change = base[divergence] - own[divergence], own["text_flip_rate"] - base["text_flip_rate"]
@@ -44,7 +44,7 @@ def draw(table: pd.DataFrame, divergence: str, label: str, folder: Path) -> None
     axis.axhline(0, color="gray", linewidth=0.5)
     axis.set_xlabel(f"fall of {label}")
     axis.set_ylabel("change of the flip rate")
-    axis.legend(fontsize="small")
+    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     _save(figure, folder / "change.svg")
 
 

@@ -81,10 +81,15 @@ def write_page(raw: Path, prints: dict[str, str], docs: Path = DOCS) -> Path:
         by_layer = layer_slopes(bundled, INDEPENDENT)
         by_document = {label: document_slopes(bundled, arms) for label, arms in GROUPS.items()}
         lines += in_short(own, bundled, by_layer, by_document, OUTCOMES[INDEPENDENT])
+        draw(own, INDEPENDENT, OUTCOMES[INDEPENDENT], figures)
+        lines += [
+            "![Flip rate of every adapter by arm and data setting, the base dotted](study/flip.svg)",
+            "",
+            "![Fall of the divergence against the change of the flip rate, a point for every adapter](study/change.svg)",
+            "",
+        ]
         lines += [*_answers(own, bundled), *_tables(own), *_by_layer(by_layer), *_training_free(own, bundled)]
         lines += [*_by_document(by_document), *_bases(table, bases)]
-        draw(own, INDEPENDENT, OUTCOMES[INDEPENDENT], figures)
-        lines += ["", "## Figures", "", "![flip rates](study/flip.svg)", "", "![fall and change](study/change.svg)"]
     page = docs / "study.md"
     page.write_text("\n".join(lines).rstrip() + "\n")
     return page
