@@ -85,7 +85,7 @@ def write_page(raw: Path, prints: dict[str, str], docs: Path = DOCS) -> Path:
         lines += [
             "![Flip rate of every adapter by arm and data setting, the base dotted](study/flip.svg)",
             "",
-            "![Fall of the divergence against the change of the flip rate, a point for every adapter](study/change.svg)",
+            "![Fall of the divergence against change of the flip rate, a point for every adapter](study/change.svg)",
             "",
         ]
         lines += [*_answers(own, bundled), *_tables(own), *_by_layer(by_layer), *_training_free(own, bundled)]
