@@ -219,7 +219,32 @@ def adjusted(rng: np.random.Generator, n: int) -> None:
         print(f"| {images} images, {simulations} simulations | {shares} |", flush=True)
 
 
-TABLES = {table.__name__: table for table in (size, bias, coverage, paired, js, paired_js, adjusted)}
+def hyppo(rng: np.random.Generator, n: int) -> None:
+    """Decisions at 0.05 beside those of hyppo's `MMD` (one Gaussian kernel), token permutation."""
+    try:
+        from hyppo.ksample import MMD
+    except ImportError:
+        print("\nhyppo: not run, hyppo is not installed")
+        return
+
+    print("\n| single tokens, 48 a side | shift | both reject | neither | only this | only hyppo |")
+    print("|---|---|---|---|---|---|")
+    simulations = n // 10
+    for shift in (0.0, 0.3, 0.5, 0.8):
+        x, y, _ = clouds(rng, simulations, 48, 1, shift=shift, effect=0.0)
+        ours = block_permutation_test(x, y, groups_x=None, groups_y=None, n_permutations=199).p <= 0.05
+        theirs = np.array(
+            [
+                MMD(compute_kernel="gaussian").test(a, b, reps=199, auto=False)[1] <= 0.05
+                for a, b in zip(x, y, strict=True)
+            ]
+        )
+        cells = (ours & theirs, ~ours & ~theirs, ours & ~theirs, ~ours & theirs)
+        shares = " | ".join(f"{cell.mean():.2f}" for cell in cells)
+        print(f"| {simulations} simulations | {shift:g} | {shares} |", flush=True)
+
+
+TABLES = {table.__name__: table for table in (size, bias, coverage, paired, js, paired_js, adjusted, hyppo)}
 
 
 def main() -> None:
