@@ -154,6 +154,11 @@ TRANSFORMERS = [
         ("args", "state", "control"),
         "a gradient that is not finite reaches the weights",
     ),
+    Contract(
+        "transformers.integrations.get_reporting_integration_callbacks",
+        ("report_to",),
+        "a logger without its package is found after the model was loaded",
+    ),
     Contract("transformers.trainer_utils.PREFIX_CHECKPOINT_DIR", (), "a training run cannot go on"),
     Contract("transformers.trainer.TRAINER_STATE_NAME", (), "a checkpoint that was cut short is taken for whole"),
     Contract("transformers.utils.is_bitsandbytes_available", (), "a missing bitsandbytes is found after the download"),
