@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import workload
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraConfig
 from timing import Measured, Prepare, paired
 from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer
 
-from lmms_keyspace.divergence import median_bandwidth2
-from lmms_keyspace.malora import MaloraConfig, MaloraLinear, ModalityMask, matched_lora_config
-from lmms_keyspace.malora.losses import gram_loss, mmd2_loss
-from lmms_keyspace.malora.taps import KeyTap, key_taps, tapped
+from lmms_keyspace.malora import MaloraConfig, MaloraLinear, ModalityMask, matched_lora_config, visual_token_ids
 from lmms_keyspace.malora.targets import Target
+from lmms_keyspace.training.config import (
+    EvaluationSettings,
+    LossConfig,
+    SceneSettings,
+    TrainingConfig,
+    training_arguments,
+)
+from lmms_keyspace.training.encoding import EXAMPLE_ID, Collator, EncodedExamples
+from lmms_keyspace.training.scene_examples import scene_examples
+from lmms_keyspace.training.trainer import AlignmentTrainer
 
 WIDTH, TOKENS, RANK = 4096, 2048, 8  # a key projection of LLaVA-1.5-7B
 VISUAL = 576  # tokens of one image there
@@ -30,7 +40,8 @@ def gated_layer(device: torch.device, rounds: int) -> Measured:
 
 
 def training_step_bundled(device: torch.device, rounds: int) -> Measured:
-    """Forward and backward of the bundled model, batch 32, MaLoRA with both terms over plain LoRA without."""
+    """An optimizer step on the bundled model, batch 32: MaLoRA with both terms in this package's trainer, all that it
+    chooses and logs included, over plain LoRA in transformers' own."""
     return _training_steps(workload.bundled, 32, device, rounds)
 
 
@@ -71,50 +82,47 @@ def _layer_step(layer: nn.Module, device: torch.device) -> Prepare:
 
 
 def _training_steps(make: Callable[[], Any], batch: int, device: torch.device, rounds: int) -> Measured:
-    config = MaloraConfig(r=RANK)
     sides = []
     for terms in (True, False):
-        model, made = make()
-        work = workload.Workload(model, made, device, documents=batch, batch=batch)
-        adapter = config if terms else matched_lora_config(config, model.config)
-        adapted = get_peft_model(work.model, adapter).train()
-        sides.append(_training_step(adapted, work.batches[0][1], terms=terms))
+        model, processor = make()
+        visual_ids = visual_token_ids(model.config)
+        scenes = scene_examples(SceneSettings(n=batch), 0)
+        examples = EncodedExamples(scenes, processor, visual_ids)
+        adapter = MaloraConfig(r=RANK) if terms else matched_lora_config(MaloraConfig(r=RANK), model.config)
+        adapted: Any = get_peft_model(model.to(device), adapter)
+        sides.append(_training_step(adapted, processor, [examples[i] for i in range(batch)], terms=terms))
     return paired(sides[0], sides[1], device, rounds)
 
 
-def _training_step(model: PeftModel, inputs: Any, *, terms: bool) -> Prepare:
-    call = dict(inputs)
-    is_visual = call["input_ids"] == model.config.image_token_id
-    real = call["attention_mask"].bool()
-    call["labels"] = call["input_ids"].masked_fill(is_visual | ~real, -100)
-    tokens = [side.flatten().nonzero()[:IN_TERMS, 0] for side in (is_visual, real & ~is_visual)]
-    taps = key_taps(model) if terms else []
-    bandwidths: dict[int, Tensor] = {}
-    with torch.no_grad(), tapped(taps):
-        model(**call)
-    for tap in taps:
-        visual, text = (_pick(tap.base, side) for side in tokens)
-        bandwidths[tap.layer] = torch.as_tensor(median_bandwidth2(visual.float(), text.float()), device=visual.device)
+def _training_step(model: Any, processor: Any, examples: list[dict[str, Tensor]], *, terms: bool) -> Prepare:
+    """One optimizer step: this package's trainer with both terms and all that it logs, or transformers' own."""
+    collate = Collator(processor.tokenizer.pad_token_id)
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = {"max_steps": 1, "per_device_train_batch_size": len(examples), "save_strategy": "no"}
+        config = TrainingConfig(
+            output_dir=Path(scratch),
+            evaluation=EvaluationSettings(every=0),
+            trainer=settings | {"disable_tqdm": True, "use_cpu": model.device.type == "cpu"},
+        )
+        arguments = training_arguments(config)
+        trainer: Trainer
+        if terms:
+            loss = LossConfig(lambda_mmd=0.1, lambda_gram=0.1, max_tokens=IN_TERMS, warmup=0)
+            trainer = AlignmentTrainer(model, arguments, loss=loss, processor=processor, examples=examples)
+        else:
+            trainer = Trainer(
+                model,
+                arguments,
+                train_dataset=examples,
+                data_collator=lambda rows: {k: v for k, v in collate(rows).items() if k != EXAMPLE_ID},
+            )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()  # one step: the bandwidths, the optimizer and the wrapped model are there after it
+    inputs = trainer.data_collator(examples)
 
     def step() -> None:
-        model.zero_grad(set_to_none=True)
-        with tapped(taps):
-            loss = model(**call).loss
-        for tap in taps:
-            loss = loss + _terms(tap, tokens, bandwidths[tap.layer]) / len(taps)
-            tap.clear()
-        loss.backward()
+        trainer.training_step(trainer.model_wrapped, dict(inputs))
+        trainer.optimizer.step()
+        trainer.model_wrapped.zero_grad()
 
     return lambda: step
-
-
-def _terms(tap: KeyTap, tokens: list[Tensor], bandwidth2: Tensor) -> Tensor:
-    keys, base = ([_pick(side, rows) for rows in tokens] for side in (tap.keys, tap.base))
-    gram = (gram_loss(keys[0], base[0]) + gram_loss(keys[1], base[1])).mean() / 2
-    return 0.1 * mmd2_loss(keys[0], keys[1], bandwidth2).mean() + 0.1 * gram
-
-
-def _pick(keys: Tensor | None, tokens: Tensor) -> Tensor:
-    """`[heads, n, width]` at flat places among `[batch * tokens]`."""
-    assert keys is not None
-    return keys.flatten(0, 1)[tokens].transpose(0, 1)
