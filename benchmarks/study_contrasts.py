@@ -73,12 +73,16 @@ def follows_text(records: Sequence[dict[str, Any]], controls: Sequence[dict[str,
 
 
 def document_rows(record: dict[str, Any], base: dict[str, Any]) -> pd.DataFrame:
-    """Adapted less base, document by document: margin of gold over the lure, attention mass, visual advantage."""
+    """Adapted less base, document by document, under conflict: right answer, margin of gold over the lure, attention
+    mass, visual logit advantage."""
     own = record["documents"]
     names = {"margin": "margin_conflict", "mass": "attention_mass_conflict", "advantage": "visual_advantage_conflict"}
     columns = {
         short: np.array(own[name], dtype=float) - np.array(base[name], dtype=float) for short, name in names.items()
     }
+    columns["right"] = np.array(
+        [(a == "g") - (b == "g") for a, b in zip(own["conflict"], base["conflict"], strict=True)]
+    )
     return pd.DataFrame(columns | {"document": range(len(own["margin_conflict"])), "unit": name_of(record)})
 
 
@@ -102,13 +106,14 @@ def layer_slopes(records: Sequence[dict[str, Any]], divergence: str) -> stats.Sl
     return stats.cluster_slopes(change, falls.T, clusters, strata=data)
 
 
-def document_slopes(records: Sequence[dict[str, Any]], arms: Sequence[str]) -> stats.Slopes:
-    """Change of the margin of gold over the lure for 1 more attention mass, and for 1 more visual logit advantage.
+def document_slopes(records: Sequence[dict[str, Any]], arms: Sequence[str], outcome: str) -> stats.Slopes:
+    """Change of an outcome for 1 more attention mass on the image, and for 1 more visual logit advantage.
 
     Each alone, over the documents and adapters of these arms with a level for each adapter; clusters are documents.
+    `outcome` is `right` or `margin`, see `document_rows`.
     """
     base = next(record for record in records if record["unit"]["arm"] == BASE)["documents"]
     rows = [document_rows(record, base) for record in records if record["unit"]["arm"] in arms]
     table = pd.concat(rows, ignore_index=True).dropna()
     x = table[["mass", "advantage"]].to_numpy().T
-    return stats.cluster_slopes(table["margin"], x, table["document"].tolist(), strata=table["unit"].tolist())
+    return stats.cluster_slopes(table[outcome], x, table["document"].tolist(), strata=table["unit"].tolist())

@@ -55,6 +55,7 @@ QUESTIONS = (
     ("Does the text bias fall more than with plain LoRA of equal parameters?", CONTROL, "text_flip_rate"),
     ("Does clean accuracy change against plain LoRA?", CONTROL, "clean_acc"),
 )
+DOCUMENT_OUTCOMES = {"right": "being right, 0 or 1", "margin": "the margin of gold over the lure, in nats"}
 GROUPS = {"LoRA on keys": CORE[:1], "MaLoRA without MMD": CORE[1:2], "MaLoRA": CORE[2:]}
 
 
@@ -79,7 +80,10 @@ def write_page(raw: Path, prints: dict[str, str], docs: Path = DOCS) -> Path:
         bundled = [record for record in records if record["unit"]["base"] == "bundled"]
         own = table[table["base"] == "bundled"]
         by_layer = layer_slopes(bundled, INDEPENDENT)
-        by_document = {label: document_slopes(bundled, arms) for label, arms in GROUPS.items()}
+        by_document = {
+            outcome: {label: document_slopes(bundled, arms, outcome) for label, arms in GROUPS.items()}
+            for outcome in DOCUMENT_OUTCOMES
+        }
         lines += in_short(own, bundled, by_layer, by_document, OUTCOMES[INDEPENDENT])
         draw(own, INDEPENDENT, OUTCOMES[INDEPENDENT], figures)
         lines += [
@@ -246,23 +250,25 @@ def _training_free(table: pd.DataFrame, records: list[dict[str, Any]]) -> list[s
     return [*lines, "", "Means over draws of the statistics or the direction; intervals by documents.", ""]
 
 
-def _by_document(slopes: dict[str, stats.Slopes]) -> list[str]:
-    """Document by document: does more attention to the image go with a larger margin of the right answer?"""
-    lines = ["## Document by document", ""]
-    lines += [
-        "Change (adapted less base, same document, conflict) of the margin of gold over the lure, in nats, for:",
+def _by_document(slopes: dict[str, dict[str, stats.Slopes]]) -> list[str]:
+    """Document by document: does more attention to the image go with a better outcome?"""
+    lines = [
+        "## Document by document",
+        "",
+        "Change (adapted less base, same document, conflict) of an outcome for:",
         "",
     ]
     lines += [
-        "| arms | 0.1 more attention mass on the image | 1 more visual logit advantage | documents |",
-        "|---|---|---|---|",
+        "| outcome | arms | 0.1 more attention mass on the image | 1 more visual logit advantage | documents |",
+        "|---" * 5 + "|",
     ]
-    for label, found in slopes.items():
-        cells = []
-        for place, step in ((0, 0.1), (1, 1.0)):
-            value, low, high = (step * float(each[place]) for each in (found.slope, found.low, found.high))
-            cells.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
-        lines.append(f"| {label} | {' | '.join(cells)} | {found.clusters} |")
+    for outcome, by_group in slopes.items():
+        for label, found in by_group.items():
+            cells = []
+            for place, step in ((0, 0.1), (1, 1.0)):
+                value, low, high = (step * float(each[place]) for each in (found.slope, found.low, found.high))
+                cells.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
+            lines.append(f"| {DOCUMENT_OUTCOMES[outcome]} | {label} | {' | '.join(cells)} | {found.clusters} |")
     return [*lines, "", "95 % intervals by documents (cluster-robust), one level for each adapter.", ""]
 
 

@@ -17,7 +17,7 @@ def in_short(
     table: pd.DataFrame,
     records: list[dict[str, Any]],
     by_layer: stats.Slopes,
-    by_document: dict[str, stats.Slopes],
+    by_document: dict[str, dict[str, stats.Slopes]],
     divergence: str,
 ) -> list[str]:
     """What the intervals of the page allow to say, in a few sentences that are put together from them.
@@ -25,7 +25,7 @@ def in_short(
     Args:
         table: a row for every unit of the bundled base, with its figures.
         records: the units' raw files.
-        by_layer, by_document: see `layer_slopes` and `document_slopes`; the latter by group of arms.
+        by_layer, by_document: see `layer_slopes` and `document_slopes`; the latter by outcome and group of arms.
         divergence: name of `INDEPENDENT` for a reader.
     """
 
@@ -45,7 +45,9 @@ def in_short(
         now = float(np.mean([record["figures"][INDEPENDENT] for record in own]))
         free.append(f"{arm} {now / base['figures'][INDEPENDENT] - 1:+.0%} and {follows_text(own, [base])}")
     signs = _signs(by_layer.low, by_layer.high)
-    masses = [_signs(found.low[:1], found.high[:1])[0] for found in by_document.values()]
+    masses, advantages = (
+        [_signs(found.low, found.high)[place] for found in by_document["right"].values()] for place in (0, 1)
+    )
     aligned, cells = CORE[2:], len(CORE[2:]) * len(DATA)
     return [
         "## In short",
@@ -59,8 +61,9 @@ def in_short(
         f"{signs.count(-1)}, with a higher one in {signs.count(1)} of {len(signs)} layers.",
         f"- Without training, change of the divergence and of the share that follows the misleading text: "
         f"{'; '.join(free)}.",
-        f"- Document by document, more attention to the image goes with a larger margin of the right answer in "
-        f"{masses.count(1)} of {len(masses)} groups of arms.",
+        f"- Document by document, being right more often goes with more attention to the image in {masses.count(1)} of "
+        f"{len(masses)} groups of arms, with more visual logit advantage in {advantages.count(1)}, with less in "
+        f"{advantages.count(-1)}.",
         f"- Divergence is {divergence}. All of this is one small architecture on drawn scenes; clean "
         "accuracy is near its ceiling, and a flip rate near 0 leaves nothing to differ.",
         "",
