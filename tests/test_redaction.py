@@ -45,7 +45,7 @@ def test_secrets_are_hidden_exactly_as_lmms_eval_hides_them(settings):
     [
         ("/home/alice/models/llava", "~/models/llava"),
         ("pretrained=/home/alice/llava,peft=/Users/bob.b/x", "pretrained=~/llava,peft=~/x"),
-        ("mean_shift:/root/run", "mean_shift:~/run"),
+        ("mean_shift:/root", "mean_shift:~"),
         ("/root", "~"),
         ("{'output_path': '/home/alice'}", "{'output_path': '~'}"),
         ("/srv/people/carol/out", "~/out"),  # the home folder of this process, see below
