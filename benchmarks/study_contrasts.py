@@ -53,6 +53,11 @@ def contrast(differences: np.ndarray) -> Contrast:
     return Contrast(mean, mean - half, mean + half, float(ttest_1samp(differences, 0).pvalue))
 
 
+def direction(found: Contrast, p: float) -> int:
+    """-1 where the arm is shown to be lower than its control, 1 for higher, 0 where neither is shown."""
+    return int(np.sign(found.difference)) if p < SHOWN_BELOW else 0
+
+
 def family(
     table: pd.DataFrame, arms: Sequence[str], control: str, data: str, outcome: str
 ) -> list[tuple[str, Contrast, float]]:

@@ -20,6 +20,7 @@ from study_contrasts import (
     SHOWN_BELOW,
     Contrast,
     contrast,
+    direction,
     document_slopes,
     family,
     follows_text,
@@ -182,16 +183,14 @@ def _answers(table: pd.DataFrame, records: list[dict[str, Any]]) -> list[str]:
 
 def _in_words(found: dict[str, list[tuple[str, Contrast, float]]]) -> list[str]:
     """For each arm, in how many data settings it is lower, higher, or neither is shown."""
-    words: dict[str, list[int]] = {}
+    directions: dict[str, list[int]] = {}
     for members in found.values():
         for arm, each, p in members:
-            counts = words.setdefault(arm, [0, 0])
-            if p < SHOWN_BELOW:
-                counts[each.difference > 0] += 1
+            directions.setdefault(arm, []).append(direction(each, p))
     return [
-        f"- {arm}: lower in {low}, higher in {high}, nothing shown in {len(found) - low - high} of {len(found)} data "
-        "settings."
-        for arm, (low, high) in words.items()
+        f"- {arm}: lower in {own.count(-1)}, higher in {own.count(1)}, nothing shown in {own.count(0)} of {len(found)} "
+        "data settings."
+        for arm, own in directions.items()
     ]
 
 

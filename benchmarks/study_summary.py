@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from study_contrasts import BASE, CONTROL, INDEPENDENT, SHOWN_BELOW, family, follows_text
+from study_contrasts import BASE, CONTROL, INDEPENDENT, direction, family, follows_text
 from study_units import CORE, DATA, TRAINING_FREE
 
 from lmms_keyspace import stats
@@ -31,7 +31,7 @@ def in_short(
 
     def shown(arms: Sequence[str], control: str, outcome: str) -> str:
         signs = [
-            np.sign(found.difference) if p < SHOWN_BELOW else 0
+            direction(found, p)
             for data in DATA
             for arm, found, p in family(table, [arm for arm in CORE if arm != control], control, data, outcome)
             if arm in arms
