@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import fake_runs
 import pytest
+from benchmark_modules import benchmark_module
 
 from lmms_keyspace.reports import load_runs
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def faults():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import fault_corruptions
-
-        yield fault_corruptions
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return benchmark_module("fault_corruptions")
 
 
 @pytest.fixture(scope="module")

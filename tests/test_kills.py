@@ -10,8 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from benchmark_modules import BENCHMARKS, benchmark_module
 
 
 def test_ten_kills_lose_nothing_and_nothing_half_written_is_read(tmp_path: Path) -> None:
@@ -36,12 +35,7 @@ def test_a_process_does_not_wait_for_one_that_was_killed(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def checks() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import fault_checks
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return fault_checks
+    return benchmark_module("fault_checks")
 
 
 def test_half_a_file_in_its_place_and_a_lost_one_would_be_found(checks: ModuleType, tmp_path: Path) -> None:

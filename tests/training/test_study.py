@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from benchmark_modules import benchmark_module
 
 from lmms_keyspace import embedded
 
@@ -20,14 +20,7 @@ PRINTS = {"base_sha256": "b" * 64, "generator_sha256": "a" * 64}
 
 @pytest.fixture(scope="module")
 def study():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import study_page
-        import study_units
-
-        yield SimpleNamespace(page=study_page, units=study_units)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    return SimpleNamespace(page=benchmark_module("study_page"), units=benchmark_module("study_units"))
 
 
 def write_grid(study, raw: Path, prints: dict[str, str] = PRINTS) -> None:
