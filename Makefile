@@ -1,9 +1,11 @@
 # make demo | test | coverage | check | docs | bench: each makes .venv when it is missing and reuses it when not.
 # make lowest | newest: the tests in an environment of their own, on other versions than those of constraints.txt.
+# JOBS=1 runs the tests in one process instead of two.
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS := runs/demo
 TASK ?= textbias_probe
+JOBS ?= 2
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
@@ -40,17 +42,17 @@ docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 coverage: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --cov
 
 lowest: PINS := --constraint constraints-lowest.txt
 lowest newest:
 	$(PYTHON) -m venv .venv-$@
 	.venv-$@/bin/pip install --quiet --upgrade $(PINS) --editable '.[dev]'
 	.venv-$@/bin/lmms-keyspace doctor
-	OMP_NUM_THREADS=1 .venv-$@/bin/pytest -n 2
+	OMP_NUM_THREADS=1 .venv-$@/bin/pytest -n $(JOBS)
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py
