@@ -26,16 +26,19 @@ def examine() -> list[Finding]:
     """Run every check.
 
     Returns:
-        One finding per check; those of a check that raised carry its error.
+        One finding per check; those of a check that raised carry its error. Nothing after `builds` when that fails:
+        every other check would only repeat it.
     """
+    first = [_finding("versions", versions), _finding("builds", _builds)]
+    if not first[-1].ok:
+        return first
     checks: list[tuple[str, Callable[[], str]]] = [
-        ("versions", versions),
         ("models", _models),
         ("hooks", _hooks),
         *((f"task {path.stem}", lambda path=path: _task(path)) for path in _task_files()),
         *((f"bundled {name}", lambda folder=folder: _weights(folder)) for name, folder in _bundled().items()),
     ]
-    return [_finding(subject, check) for subject, check in checks]
+    return first + [_finding(subject, check) for subject, check in checks]
 
 
 def _finding(subject: str, check: Callable[[], str]) -> Finding:
@@ -78,6 +81,20 @@ def _problem(who: str, requirement: Requirement) -> str | None:
     if requirement.specifier.contains(found, prereleases=True):
         return None
     return f"{who}{requirement.name} {requirement.specifier}, but {found} is installed"
+
+
+def _builds() -> str:
+    """pip can take torch from one index and torchvision from another; then nothing that reads a picture loads."""
+    import torch
+
+    try:
+        import torchvision
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(
+            f"torch {torch.__version__} and torchvision {version('torchvision')} are builds that do not fit each other "
+            f"({error}); install both anew from one index (pip install --force-reinstall torch torchvision)"
+        ) from error
+    return f"torch {torch.__version__} and torchvision {torchvision.__version__} load together"
 
 
 def _models() -> str:

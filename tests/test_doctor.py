@@ -1,5 +1,6 @@
 """The doctor sees what is wrong and says it, where lmms-eval would only say that a task was not found."""
 
+import sys
 import tomllib
 from pathlib import Path
 
@@ -84,6 +85,17 @@ def test_a_package_that_is_missing_is_named(installed):
     installed["peft"] = None
     with pytest.raises(RuntimeError, match=r"^peft, which is missing"):
         doctor.versions()
+
+
+def test_builds_that_do_not_fit_are_told_once(monkeypatch, tmp_path):
+    """Versions fit by their numbers: torch for the CPU beside torchvision for CUDA."""
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    versions, builds = doctor.examine()
+    assert versions.ok
+    assert not builds.ok
+    assert "do not fit each other (operator torchvision::nms does not exist); install both anew" in builds.detail
 
 
 def test_missing_models_are_named(monkeypatch, only_tasks_in):
