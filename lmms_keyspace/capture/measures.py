@@ -21,6 +21,9 @@ MEASURES = (
     "key_norm_visual",
     "key_norm_text",
 )
+# A side whose weights, relative to the largest of all keys, sum to less is summed up with a largest of its own: float32
+# rounds such weights to zero.
+_FAINT = 1e-30
 _SIDES = np.array([MODALITIES.index(VISUAL), MODALITIES.index(TEXT)])
 
 
@@ -39,23 +42,33 @@ def last_query_measures(
         `[L, B, 1 + KV, len(MEASURES)]`: means over all query heads, then over the query heads of each KV head. Sums of
         kinds that a row lacks are 0, means and log-sum-exps over them NaN, as is a log-sum-exp over masked keys alone.
     """
-    batch = scores.shape[1]
-    segments, sides = kinds[..., : len(SEGMENTS)], kinds[..., len(SEGMENTS) :]
+    sides = kinds[..., len(SEGMENTS) :]
     logits = scores + bias
-    attention = logits.softmax(-1)
-    mass = attention @ segments
-    seen = (bias[:, :, 0] > float("-inf")).float()
-    shares = (seen * sides[..., 0]).sum(-1) / seen.expand(-1, batch, -1).sum(-1)
-    uniform = mass[..., :1] / shares[..., None, None]  # 0 / 0 without an image
+    peak = logits.amax(-1, keepdim=True)
+    weights = (logits - peak).exp_()
+    sums = weights @ kinds
+    mass = sums[..., : len(SEGMENTS)] / weights.sum(-1, keepdim=True)
+    visible = (bias[:, :, :1] > float("-inf")).float()
+    seen = visible @ sides  # [L or 1, B, 1, 2]
+    shares = seen[..., :1] / visible.sum(-1, keepdim=True)
+    uniform = mass[..., :1] / shares  # 0 / 0 without an image
     counts = sides.sum(1)[:, None]
-    one_side = torch.zeros_like(sides).masked_fill(sides == 0, float("-inf")).transpose(1, 2)[:, None]
-    lse = (logits[..., None, :] + one_side).logsumexp(-1)
+    lse = peak + sums[..., len(SEGMENTS) :].log()
+    faint = (sums[..., len(SEGMENTS) :] < _FAINT) & (seen > 0)
+    if faint.any():
+        lse = torch.where(faint, _log_sum_exp(logits, sides), lse)
     lse = lse.masked_fill(lse == float("-inf"), float("nan"))
     by_head = torch.cat([mass, uniform, scores @ sides / counts, lse], dim=-1)
     by_kv_head = by_head.unflatten(2, (key_norms.shape[-1], -1)).mean(3)
     norms = key_norms.transpose(2, 3) @ sides / counts
     measures = torch.cat([by_kv_head, norms], dim=-1)
     return torch.cat([measures.mean(2, keepdim=True), measures], dim=2)
+
+
+def _log_sum_exp(logits: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
+    """`[L, B, H, 2]` over the keys of each side, `sides` `[B, P, 2]`."""
+    one_side = torch.zeros_like(sides).masked_fill(sides == 0, float("-inf")).transpose(1, 2)[:, None]
+    return (logits[..., None, :] + one_side).logsumexp(-1)
 
 
 def key_kinds(rows: Sequence[Row]) -> np.ndarray:

@@ -21,7 +21,7 @@ from toy_captures import (
     tiny_llava,
 )
 
-from lmms_keyspace.capture import Capture, Row, last_query
+from lmms_keyspace.capture import Capture, Row, last_query, measures
 from lmms_keyspace.families import FAMILIES, decoder_sites
 from lmms_keyspace.records import ALL_HEADS, ATTENTION_COLUMNS, SEGMENTS, TEXT, VISUAL
 from lmms_keyspace.tokens import Labeler
@@ -148,3 +148,23 @@ def test_layers_summed_up_one_by_one_or_together_give_the_same(llava, rows, monk
     monkeypatch.setattr(last_query, "_HELD", 1)
     alone, _ = run(llava, rows)
     pd.testing.assert_frame_equal(alone.attention_table(), together.attention_table(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gap", [0.0, 50.0, 80.0, 200.0, 1e4])
+def test_log_sum_exps_hold_however_faint_a_side_is(gap):
+    """Against torch.logsumexp of each side alone; one row has no image, one side of another is out of sight."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 4, 3, 12, generator=generator)
+    scores[..., 4:8] -= gap  # the text
+    kinds = torch.zeros(4, 12, len(SEGMENTS) + 2)
+    kinds[:, :, SEGMENTS.index("special")] = 1
+    kinds[1:, :4, -2], kinds[:, 4:8, -1] = 1, 1
+    bias = torch.zeros(1, 4, 1, 12)
+    bias[0, 2, 0, :4] = float("-inf")
+    got = measures.last_query_measures(scores, bias, torch.ones(2, 4, 12, 3), kinds)
+    for name, place in (("visual", slice(0, 4)), ("text", slice(4, 8))):
+        expected = (scores + bias)[..., place].double().logsumexp(-1)
+        expected[:, 0 if name == "visual" else []] = float("nan")
+        expected[expected == float("-inf")] = float("nan")
+        column = got[:, :, 1:, measures.MEASURES.index(f"lse_{name}")]
+        torch.testing.assert_close(column.double(), expected, rtol=1e-6, atol=1e-5, equal_nan=True)
