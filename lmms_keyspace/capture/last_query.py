@@ -147,7 +147,7 @@ def _one_batch(batches: Sequence[LastQueries]) -> LastQueries:
 def _joined(tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
     """Concatenated along an axis; the other axes are broadcast."""
     if len({tensor.shape for tensor in tensors}) == 1:
-        return torch.cat(tensors, axis)
+        return torch.cat(list(tensors), axis)
     shape = list(torch.broadcast_shapes(*(tensor.narrow(axis, 0, 1).shape for tensor in tensors)))
     wide = []
     for tensor in tensors:
