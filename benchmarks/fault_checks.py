@@ -17,6 +17,7 @@ from lmms_keyspace import embedded
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.malora import check_adapter
 from lmms_keyspace.store import LoadedRun, find_runs, load_run
+from lmms_keyspace.store.files import UNFINISHED
 from lmms_keyspace.training.checkpoints import last_whole
 from lmms_keyspace.training.run import RECORD
 
@@ -42,6 +43,11 @@ def lost(before: dict[str, str], after: dict[str, str]) -> str:
     """Which of the files of a fingerprint are not in the other as they were."""
     changed = [path for path, sha256 in before.items() if after.get(path) != sha256]
     return f"gone or changed: {changed}" if changed else ""
+
+
+def unfinished(folder: Path) -> list[str]:
+    """Files below a folder that were being written when their process was killed."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob(f".*{UNFINISHED}"))
 
 
 def _run_differs(laid: Laid, out: Path, whole: bool) -> str:

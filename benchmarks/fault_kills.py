@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import fault_stages as stages
-from fault_checks import CHECKS, Laid, fingerprint, lost
+from fault_checks import CHECKS, Laid, fingerprint, lost, unfinished
 from fault_stages import Ended, Kill
 
 from lmms_keyspace.store import find_runs
@@ -28,13 +28,17 @@ MOMENTS = ("time", "time", "operation", "operation", "write")
 
 @dataclass(frozen=True)
 class Round:
-    """One kill. The last four are empty when all was well; `killed` is False where the stage ended before."""
+    """One kill. The last four are empty when all was well; `killed` is False where the stage ended before.
+
+    `unfinished` counts the files that were being written; the second start removes them.
+    """
 
     number: int
     stage: str
     signal: str
     moment: str
     killed: bool
+    unfinished: int
     wrong_read: str
     lost: str
     hang: str
@@ -92,19 +96,21 @@ def kill_once(laid: Laid, went: Ended, number: int, seed: int, scratch: Path) ->
     hang = "did not end" if ended.code is None else ""
     gone = lost(before, fingerprint(scratch))
     check = CHECKS[stage]
+    left = unfinished(scratch)
     wrong = check(laid, out, False)
     again, problem = _again(stage, command, scratch, limit)
     gone = gone or lost(before, fingerprint(scratch))
     if again.code is None:
         hang = hang or f"did not end the second time: {again.said[-300:]}"
     else:
-        problem = problem or check(laid, out, True)
+        problem = problem or check(laid, out, True) or ", ".join(unfinished(scratch))
     return Round(
         number=number,
         stage=stage,
         signal=signal.Signals(kill.signal).name,
         moment=moment,
         killed=ended.code != 0,
+        unfinished=len(left),
         wrong_read=wrong,
         lost=gone,
         hang=hang,
@@ -152,12 +158,14 @@ def table(found: Sequence[Round]) -> str:
     """Kills by stage and signal as Markdown, and what was wrong."""
     killed = [one for one in found if one.killed]
     columns = sorted({one.signal for one in killed})
+    rest = ("left unfinished", "wrong reads", "lost", "hangs", "not well the second time")
     said = io.StringIO()
-    print(f"| stage | {' | '.join(columns)} | wrong reads | lost | hangs | not well the second time |", file=said)
-    print("|---" * (len(columns) + 5) + "|", file=said)
+    print(f"| stage | {' | '.join((*columns, *rest))} |", file=said)
+    print("|---" * (1 + len(columns) + len(rest)) + "|", file=said)
     for stage in STAGES:
         own = [one for one in killed if one.stage == stage]
-        faults = [sum(bool(getattr(one, name)) for one in own) for name in ("wrong_read", "lost", "hang", "again")]
+        names = ("unfinished", "wrong_read", "lost", "hang", "again")
+        faults = [sum(bool(getattr(one, name)) for one in own) for name in names]
         counts = [sum(one.signal == name for one in own) for name in columns]
         print(f"| {stage} | {' | '.join(map(str, counts + faults))} |", file=said)
     return said.getvalue()

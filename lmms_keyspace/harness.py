@@ -351,7 +351,6 @@ def _dated(data: RunData, date: str) -> RunData:
 def _write(folder: Path, data: RunData) -> None:
     from lmms_keyspace.store import write_run
 
-    folder.mkdir(parents=True, exist_ok=True)
     write_run(folder, data.record.date, data)
     _info(f"key-space files saved to {folder}/{data.record.date}_*")
 

@@ -10,6 +10,7 @@ from lmms_keyspace.errors import InputError
 from lmms_keyspace.reports.gate import gate
 from lmms_keyspace.reports.gate_output import gate_json, gate_junit, gate_markdown, render_gate
 from lmms_keyspace.reports.items import load_items, write_baseline
+from lmms_keyspace.store.files import encoded, require_writable, write
 
 
 def run_gate(
@@ -24,30 +25,31 @@ def run_gate(
     summary: Path | None,
     console: Console,
 ) -> int:
-    """Judge, print and write; returns the exit code. Nothing is written for input that is refused.
+    """Judge, print and write, each file whole or not at all; returns the exit code.
 
-    The summary is appended, as a job's summary file of a CI is shared by its steps.
+    Nothing is written for input that is refused. The summary goes to the end of its file, which others of a CI share.
     """
     if baseline is None or candidate is None:
         given = {"--baseline": baseline, "--candidate": candidate}
         missing = [name for name, value in given.items() if value is None]
         raise InputError("gate", " and ".join(missing), "name both runs, or freeze one with --freeze RUN --out FILE")
-    for option, path, is_wrong in (
-        ("--out", out, Path.is_file),
-        ("--junit", junit, Path.is_dir),
-        ("--summary", summary, Path.is_dir),
-    ):
-        if path is not None and is_wrong(path):
-            raise InputError(option, str(path), f"there is a {'file' if path.is_file() else 'folder'} of this name")
     result = gate(baseline, candidate, policy, allow_mismatch=allow_mismatch)
     as_json, as_junit, as_markdown = gate_json(result), gate_junit(result), gate_markdown(result)
+    files: dict[Path, bytes] = {}
     if out is not None:
-        for name, text in (("gate.json", as_json + "\n"), ("gate.xml", as_junit), ("gate.md", as_markdown)):
-            _write(out / name, text)
+        require_writable("--out", out)
+        files = {
+            out / "gate.json": encoded(as_json + "\n"),
+            out / "gate.xml": encoded(as_junit),
+            out / "gate.md": encoded(as_markdown),
+        }
     if junit is not None:
-        _write(junit, as_junit)
+        files[_file("--junit", junit)] = encoded(as_junit)
     if summary is not None:
-        _write(summary, as_markdown, append=True)
+        earlier = summary.read_bytes() if _file("--summary", summary).exists() else b""
+        files[summary] = earlier + encoded(as_markdown)
+    for path, content in files.items():
+        write(path, content)
     if json:
         console.file.write(as_json + "\n")
     else:
@@ -65,7 +67,9 @@ def freeze_run(run: Path, out: Path | None, *, judging: Path | None) -> Path:
     return out
 
 
-def _write(path: Path, text: str, *, append: bool = False) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a" if append else "w", encoding="utf-8", errors="replace") as file:
-        file.write(text)
+def _file(option: str, path: Path) -> Path:
+    """Writing replaces what has the name: right for a file alone, and never for /dev/stdout."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise InputError(option, str(path), "name a file: this is a folder, a link or a device")
+    require_writable(option, path.parent)
+    return path

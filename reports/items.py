@@ -23,7 +23,7 @@ from lmms_keyspace.reports.accuracy import logged_scores
 from lmms_keyspace.reports.comparable import Fingerprint
 from lmms_keyspace.reports.keyspace import image_mass_by_cluster
 from lmms_keyspace.reports.load import Run, open_runs
-from lmms_keyspace.store.files import write
+from lmms_keyspace.store.files import require_writable, write
 
 BASELINE_VERSION = 1
 _HEADER = b"lmms_keyspace_baseline"
@@ -123,7 +123,7 @@ def write_baseline(items: Items, path: Path) -> None:
     table = table.replace_schema_metadata({_HEADER: header.model_dump_json().encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    require_writable("out", path.parent)
     write(path, sink.getvalue().to_pybytes())
 
 

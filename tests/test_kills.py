@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 from benchmark_modules import BENCHMARKS, benchmark_module
 
+from lmms_keyspace.store.files import UNFINISHED
+
 
 def test_ten_kills_lose_nothing_and_nothing_half_written_is_read(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
@@ -51,5 +53,8 @@ def test_half_a_file_in_its_place_and_a_lost_one_would_be_found(checks: ModuleTy
     assert check(laid, out, False) == ""
     assert check(laid, out, True) == "strange: []; missing: ['report.html']"
     before = checks.fingerprint(whole)
+    assert checks.unfinished(tmp_path) == []
+    (out / f".report.html.12345678{UNFINISHED}").touch()
+    assert checks.unfinished(tmp_path) == [f"out/.report.html.12345678{UNFINISHED}"]
     (whole / "report.html").write_text("")
     assert "report.html" in checks.lost(before, checks.fingerprint(whole))

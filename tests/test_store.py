@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from lmms_keyspace import records
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import GramKey, HeldOutLoss, KernelSums, RunData, RunRecord, TaskRecord
 from lmms_keyspace.store import find_runs, load_run, read_run, read_samples, write_run
+from lmms_keyspace.store.files import UNFINISHED, remove_unfinished, require_writable, write
 
 DATE = "20260102_030405"
 TASK = "odd/task name"
@@ -204,6 +208,61 @@ def test_a_write_that_fails_leaves_no_file_and_no_claim_to_be_whole(tmp_path, mo
     with pytest.raises(InputError, match=rf"folder='{tmp_path}': .*_tokens.parquet cannot be written \(no space"):
         write_run(tmp_path, DATE, run_data())
     assert not any("tokens" in path.name or "keyspace" in path.name for path in tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lmms_keyspace.store.files import write
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL if sys.argv[2] == "killed" else signal.SIGSTOP)
+
+os.replace = die
+write(Path(sys.argv[1]), b"the second")
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_what_a_killed_write_left_is_removed_and_what_another_process_writes_is_not(tmp_path, how):
+    path, link, pipe = tmp_path / "one", tmp_path / f".link{UNFINISHED}", tmp_path / f".pipe{UNFINISHED}"
+    write(path, b"the first")
+    link.symlink_to(path)
+    os.mkfifo(pipe)
+    writer = subprocess.Popen([sys.executable, "-c", KILLED, str(path), how])
+    os.waitid(os.P_PID, writer.pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+    (left,) = set(tmp_path.iterdir()) - {path, link, pipe}
+    assert left.name.startswith(".one.")
+    require_writable("out", tmp_path)
+    assert path.read_bytes() == b"the first"
+    assert set(tmp_path.iterdir()) == {path, link, pipe, *([left] if how == "stopped" else [])}
+    if how == "stopped":
+        assert left.read_bytes() == b"the second"
+        writer.kill()
+    writer.wait()
+
+
+def test_a_file_that_is_taken_for_one_left_behind_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    def taken_once(file, operation):
+        monkeypatch.undo()
+        remove_unfinished(tmp_path)
+        assert not any(tmp_path.iterdir())
+        fcntl.flock(file, operation)
+
+    monkeypatch.setattr("fcntl.flock", taken_once)
+    write(tmp_path / "one", b"all of it")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("one", b"all of it")]
+
+
+def test_a_file_system_without_locks_keeps_what_is_written_and_what_was_left(tmp_path, monkeypatch):
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    left = tmp_path / f".one.12345678{UNFINISHED}"
+    left.touch()
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    write(require_writable("out", tmp_path) / "one", b"all of it")
+    assert set(tmp_path.iterdir()) == {tmp_path / "one", left}
 
 
 def test_find_runs_in_any_folder_above_newest_last(tmp_path):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import SCHEMA_VERSION
 
 VERSION_KEY = "lmms_keyspace_schema"
+UNFINISHED = ".lmms_keyspace.tmp"  # how the name of a file ends as long as it is being written
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON; where there is none, no string needs a second look
 
 
@@ -32,20 +35,42 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
+    temporary, file = _temporary(path)
+    with file:  # and with it the lock, until it has its name
+        try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; these are shared like any output, as the umask says.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            # mkstemp makes files private; these are shared like any output, as the umask says.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _temporary(path: Path) -> tuple[Path, BinaryIO]:
+    """A new hidden file beside `path`, locked as long as it is open: nobody takes it for one that was left."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
+        file = os.fdopen(handle, "wb")
+        with contextlib.suppress(OSError):  # a file system without locks, where none is removed either
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return Path(name), file
+        file.close()  # removed as left behind before it was locked
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writes that were killed left in `folder`: what no living process has locked."""
+    for path in folder.glob(f".*{UNFINISHED}"):
+        if path.is_symlink() or not path.is_file():
+            continue
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def encoded(text: str) -> bytes:
@@ -54,7 +79,7 @@ def encoded(text: str) -> bytes:
 
 
 def require_writable(argument: str, folder: str | Path) -> Path:
-    """Create `folder` if need be and write a file in it.
+    """Create `folder` if need be, write a file in it, and remove those that killed processes left there unfinished.
 
     Raises:
         InputError: it cannot be written; names `argument`.
@@ -70,6 +95,7 @@ def require_writable(argument: str, folder: str | Path) -> Path:
         raise InputError(
             argument, str(folder), f"the folder cannot be written ({error.strerror}); name one that can"
         ) from error
+    remove_unfinished(path)
     return path
 
 

@@ -25,6 +25,7 @@ from lmms_keyspace.store.files import (
     encodable,
     read_json,
     require,
+    require_writable,
     rerun,
     with_prefix,
     write,
@@ -86,7 +87,7 @@ def write_run(folder: Path, date: str, data: RunData) -> list[Path]:
         _LOSSES: by_document_bytes(data.losses),
         **{f"{name}.parquet": table_bytes(name, frame) for name, frame in _frames(data).items()},
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    require_writable("folder", folder)
     written: list[Path] = []
     digests: dict[str, str] = {}
     keys = ((_keys_name(task), keys_bytes(arrays)) for task, arrays in data.keys.items())  # one in memory at a time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import re
@@ -237,6 +238,37 @@ def test_every_output_agrees_to_the_last_digit(sides, tmp_path):
     suite = ElementTree.fromstring(xml)
     assert [len(case.findall("failure")) for case in suite.findall("testcase")] == [1, 0, 0]
     assert suite.attrib["failures"] == "1"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "no space left on device")])
+def test_a_write_that_is_interrupted_leaves_the_old_files(sides, tmp_path, monkeypatch, error):
+    def interrupted(handle):
+        raise error
+
+    arguments = ["--baseline", sides["base"], "--candidate", sides["worse"], "--junit", tmp_path / "junit.xml"]
+    arguments += ["--summary", tmp_path / "summary.md", "--out", tmp_path / "out"]
+    assert command(*arguments)[0] == 1
+    before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(before) == 5
+    monkeypatch.setattr("os.fsync", interrupted)
+    code, output = command(*arguments)
+    assert code == (130 if isinstance(error, KeyboardInterrupt) else 3)
+    assert "Traceback" not in output
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("option", ["--junit", "--summary"])
+@pytest.mark.parametrize("kind", ["folder", "link", "device"])
+def test_only_a_file_is_replaced(sides, tmp_path, option, kind):
+    path = Path("/dev/null") if kind == "device" else tmp_path / "named"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    code, output = command("--baseline", sides["base"], "--candidate", sides["same"], option, path)
+    assert code == 3
+    assert f"{option}='{path}': name a file" in output
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_hostile_names_stay_text(sides, tmp_path):
