@@ -20,12 +20,13 @@ class _Absent(Image.Image):
         return self
 
 
-def messages_of(document: Mapping[str, Any], columns: Any, write: Callable[[Any], Any]) -> tuple[ChatMessages, int]:
+def messages_of(document: Mapping[str, Any], dataset: Any, write: Callable[[Any], Any]) -> tuple[ChatMessages, int]:
     """The messages that the task writes of a document, and how many images were left out because they are not there.
 
     Args:
         document: the row.
-        columns: the data set's features; says which columns are images. None where the data set has none.
+        dataset: where the row is from; its features, if it has any, say which columns are images. They are asked for
+            only where the task's code stops: `datasets` copies them for everybody who asks.
         write: the task's `doc_to_messages`.
 
     Raises:
@@ -36,7 +37,7 @@ def messages_of(document: Mapping[str, Any], columns: Any, write: Callable[[Any]
     except AttributeError as error:
         empty = [
             name
-            for name, kind in (columns or {}).items()
+            for name, kind in (getattr(dataset, "features", None) or {}).items()
             if isinstance(kind, datasets.Image) and document[name] is None
         ]
         if error.obj is not None or not empty:

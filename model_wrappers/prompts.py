@@ -91,15 +91,15 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pixel
     """
     _, doc_to_messages, generation_kwargs, doc_id, task, split = instance.args
     dataset = datasets[task][split]
-    doc, columns = dataset[doc_id], getattr(dataset, "features", None)
+    doc = dataset[doc_id]
     declared = (instance.metadata or {}).get("keyspace") or {}
 
-    first, absent = messages_of(doc, columns, doc_to_messages)
+    first, absent = messages_of(doc, dataset, doc_to_messages)
     shown = sum(image.width * image.height for image in first.extract_media()[0] if not isinstance(image, str))
     kept = first if shown <= pixels else None
 
     def messages() -> ChatMessages:
-        return kept or messages_of(dataset[doc_id], columns, doc_to_messages)[0]
+        return kept or messages_of(dataset[doc_id], dataset, doc_to_messages)[0]
 
     text, content = _prompt_text(first, processor, task, doc_id)
 

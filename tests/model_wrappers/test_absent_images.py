@@ -1,5 +1,6 @@
 """A document that names an image which it does not hold is asked without it."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -15,6 +16,7 @@ FEATURES = datasets.Features(
         **dict.fromkeys(("image_1", "image_2"), datasets.Image()),
     }
 )
+DATASET = SimpleNamespace(features=FEATURES)
 PROMPTS = {"multiple_choice_prompt": "", "open_ended_prompt": "", "prompt_type": "format"}
 
 
@@ -34,7 +36,7 @@ def picture(color: str) -> Image.Image:
 
 def test_the_stock_task_is_asked_with_the_images_that_are_there():
     second = picture("blue")
-    messages, absent = messages_of(row(image_2=second), FEATURES, ask)
+    messages, absent = messages_of(row(image_2=second), DATASET, ask)
     assert absent == 1
     assert [image.getpixel((0, 0)) for image in messages.extract_media()[0]] == [(0, 0, 255)]
     words = [part.text for part in messages.messages[0].content if part.type == "text"]
@@ -43,18 +45,18 @@ def test_the_stock_task_is_asked_with_the_images_that_are_there():
 
 def test_a_whole_document_is_read_as_the_task_writes_it():
     document = row(image_1=picture("red"), image_2=picture("blue"))
-    messages, absent = messages_of(document, FEATURES, ask)
+    messages, absent = messages_of(document, DATASET, ask)
     assert absent == 0
     assert [part.type for part in messages.messages[0].content] == ["text", "image", "text", "image", "text"]
 
 
-@pytest.mark.parametrize("columns", [None, FEATURES])
-def test_any_other_error_of_the_tasks_code_is_its_own(columns):
+@pytest.mark.parametrize("dataset", [[], SimpleNamespace(features=None), DATASET])
+def test_any_other_error_of_the_tasks_code_is_its_own(dataset):
     def broken(document: Any) -> Any:
         return document["question"].no_such_method()
 
     with pytest.raises(AttributeError, match="no_such_method"):
-        messages_of(row(image_1=picture("red")), columns, broken)
+        messages_of(row(image_1=picture("red")), dataset, broken)
 
 
 def test_a_column_of_words_that_is_empty_stands_for_no_image():
@@ -63,6 +65,6 @@ def test_a_column_of_words_that_is_empty_stands_for_no_image():
 
     whole = row(image_1=picture("red"), image_2=picture("blue")) | {"options": None}
     with pytest.raises(AttributeError, match="convert"):
-        messages_of(whole, FEATURES, broken)
+        messages_of(whole, DATASET, broken)
     with pytest.raises(AttributeError, match="convert"):  # an empty image beside it does not hide it
-        messages_of(whole | {"image_1": None}, FEATURES, broken)
+        messages_of(whole | {"image_1": None}, DATASET, broken)
