@@ -143,6 +143,13 @@ def test_a_part_that_was_half_removed_is_measured_again(tmp_path, suffix):
     assert parts.load("task") is None
 
 
+def test_no_room_for_a_folder_of_parts_is_one_error(tmp_path):
+    root = tmp_path / "parts"
+    root.touch()
+    with pytest.raises(InputError, match=rf"out='{root}/\w+': the folder cannot be written"):
+        Parts(root, {}).save(Measurement(empty_table(DIVERGENCE_COLUMNS), {}, {}), "a part")
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(runs, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(Measuring, "part", lambda *_: pytest.fail("measured"))

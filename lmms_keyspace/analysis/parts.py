@@ -11,7 +11,7 @@ from typing import Any
 
 from lmms_keyspace.divergence import Measurement
 from lmms_keyspace.records import HeldOutLoss, KernelSums
-from lmms_keyspace.store.files import write
+from lmms_keyspace.store.files import require_writable, write
 from lmms_keyspace.store.tables import read_table, table_bytes
 from lmms_keyspace.store.tensors import by_document_bytes, read_by_document
 
@@ -45,7 +45,7 @@ class Parts:
 
     def save(self, part: Measurement, *name: str) -> Measurement:
         """Write it, and give it back as it will be read."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        require_writable("out", self._folder)
         table, gram, losses = map(self._stem(name).with_suffix, _SUFFIXES)
         write(gram, by_document_bytes(part.gram))
         write(losses, by_document_bytes(part.losses))
