@@ -192,7 +192,8 @@ def read_samples(path: Path, *, scores_only: bool = False, sha256: str | None = 
         sha256: of the documents, as `logged_samples` has it; None does not check.
 
     Raises:
-        InputError: a line that is not a JSON object (names file and line), or other rows than those of `sha256`.
+        InputError: a line that is not a JSON object (names file and line), other rows than those of `sha256`, or a
+            whole number that pandas cannot hold.
     """
     require(path)
     rows = []
@@ -212,7 +213,10 @@ def read_samples(path: Path, *, scores_only: bool = False, sha256: str | None = 
     if sha256 is not None and documents.hexdigest() != sha256:
         way_out = rerun("not the documents of the run: it was stopped while it saved them, or the file was exchanged")
         raise InputError("file", f"{path.name}, {len(rows)} rows", way_out)
-    return pd.DataFrame(rows)
+    try:
+        return pd.DataFrame(rows)
+    except OverflowError as error:  # pandas 2 makes floats of whole numbers that no column of integers holds
+        raise InputError("file", path.name, rerun(f"a number out of range: {error}")) from error
 
 
 def _frames(data: RunData) -> dict[str, pd.DataFrame]:

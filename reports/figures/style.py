@@ -111,8 +111,10 @@ def axes_of(height: float) -> Axes:
 
 def drawing(axes: Axes, title: str) -> Drawing:
     """The finished figure of these axes."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+    from matplotlib.figure import Figure
+
+    figure = axes.figure  # get_figure(root=True) needs matplotlib 3.10
+    assert isinstance(figure, Figure)
     # Laid out once: every form of the figure would do it again.
     engine = figure.get_layout_engine()
     assert engine is not None
