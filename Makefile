@@ -47,11 +47,12 @@ test: check
 coverage: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --cov
 
+# First, and both: doctor tells a bad installation, the contracts tell in a sentence each what an upgrade took away.
 lowest: PINS := --constraint constraints-lowest.txt
 lowest newest:
 	$(PYTHON) -m venv .venv-$@
 	.venv-$@/bin/pip install --quiet --upgrade $(PINS) --editable '.[dev]'
-	.venv-$@/bin/lmms-keyspace doctor
+	.venv-$@/bin/lmms-keyspace doctor; installed=$$?; .venv-$@/bin/pytest tests/test_contracts.py && exit $$installed
 	OMP_NUM_THREADS=1 .venv-$@/bin/pytest -n $(JOBS)
 
 bench: .venv/installed
