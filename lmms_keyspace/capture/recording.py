@@ -3,17 +3,16 @@
 A column is an index into the left-padded prompt of P tokens, which is the cache index of its key. Each layer's key
 module counts the columns that went through it, so chunks of a prefill are told from decoding steps without the cache.
 
-The hooks do little, because they are paid for at every layer of every batch: they keep what a layer handed over, and
-layers are looked at together while they are small. They are gone once the prompt is through: decoding runs without
-them (but for the wrapped attention function, which then passes everything on).
+The hooks do little, because they are paid for at every layer of every batch: they keep what a layer handed over. They
+are gone once the prompt is through: decoding runs without them (but for the wrapped attention function, which then
+passes everything on).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,41 +20,13 @@ from torch import nn
 
 from lmms_keyspace.capture.attention import observed_attention
 from lmms_keyspace.capture.last_query import LastQueries
+from lmms_keyspace.capture.layer_calls import LayerCall, LayerCalls, Span
+from lmms_keyspace.capture.recorded_tokens import RecordedTokens
 from lmms_keyspace.capture.rope_check import RopeCheck
 from lmms_keyspace.capture.rows import CaptureError, Padded, Row
 from lmms_keyspace.capture.sinks import can_have_sinks, is_sink
 from lmms_keyspace.families import Decoder, KeySite
 from lmms_keyspace.random_keys import projection_of, random_keys
-
-# Layers are looked at together while their keys have fewer entries than this (2 MB): beyond it, copying them side by
-# side costs more than it saves.
-_TOGETHER = 1 << 19
-
-
-class _Span(NamedTuple):
-    """Columns [start, stop) of a layer's current call, which has `length` tokens."""
-
-    start: int
-    stop: int
-    length: int
-
-
-class _Layer(NamedTuple):
-    """What one layer handed over in one call of the model."""
-
-    site: KeySite
-    span: _Span
-    keys: torch.Tensor  # [B, n, KV, d] that enter RoPE
-    query: torch.Tensor  # this and the rest as the attention function received it
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: torch.Tensor | None
-    scaling: float
-    sliding_window: int | None
-
-    def like(self) -> tuple[object, ...]:
-        """Equal for layers that can be looked at together."""
-        return self.span, self.keys.shape, self.query.shape, self.key.shape, self.key.device, self.scaling
 
 
 class Recording:
@@ -87,25 +58,20 @@ class Recording:
         self._rope_check = RopeCheck(decoder) if self_check else None
         self._padded = Padded(rows)
         self._width = self._padded.width
-        self._copies = 0  # model rows per row, known at the first call
-        self.rows = np.repeat(np.arange(len(rows)), [row.positions.size for row in rows])  # [N]
-        self.columns = np.concatenate([row.positions for row in rows]) + self._padded.padding[self.rows]  # [N]
+        self._tokens = RecordedTokens(rows, self._padded)
+        self._calls = LayerCalls(self._tokens, self._width, spaces, last_queries, self._rope_check)
         self._handles: list[Any] = []
         self._seen: dict[int, int] = dict.fromkeys(self._layers, 0)
         self._attended: set[int] = set()  # layers whose attention got the last column
-        self._span: dict[int, _Span | None] = {}
-        self._places: dict[tuple[int, int, torch.device], tuple[np.ndarray, torch.Tensor, torch.Tensor]] = {}
-        self._vectors: dict[tuple[str, int], list[torch.Tensor]] = defaultdict(list)
-        self._order: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
-        self._norms: dict[int, list[torch.Tensor]] = defaultdict(list)
+        self._span: dict[int, Span | None] = {}
+        self._keys: dict[int, torch.Tensor] = {}
         self._sinks: list[tuple[np.ndarray, torch.Tensor]] = []
         self._rotary: dict[int, torch.Tensor] = {}
-        self._keys: dict[int, torch.Tensor] = {}
-        self._layers_waiting: list[_Layer] = []
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The hooks are in place inside, and nowhere else."""
+        look_for_sinks = self._last_queries is not None and self._tokens.columns.size
         try:
             # InstructBLIP generates with its language model, past its own `forward`.
             for module in (self._decoder.model, self._decoder.text_model):
@@ -120,7 +86,7 @@ class Recording:
                 if self._rope_check is not None:
                     hook = self._rope_check.hook(site)
                     self._handles.append(site.attention.register_forward_pre_hook(hook, with_kwargs=True))
-                if self.columns.size and self._last_queries is not None and can_have_sinks(self._decoder, site.layer):
+                if look_for_sinks and can_have_sinks(self._decoder, site.layer):
                     hook = self._hidden_hook(site)
                     self._handles.append(site.block.register_forward_pre_hook(hook, with_kwargs=True))
             with observed_attention(self._decoder, self._on_attention):
@@ -149,13 +115,7 @@ class Recording:
 
     def vectors(self) -> dict[tuple[str, int], torch.Tensor]:
         """(space, layer) -> `[N, heads, d]`, ordered by row and position."""
-        gathered = {}
-        for key, parts in self._vectors.items():
-            gathered[key] = parts[0]
-            if len(parts) > 1:
-                order = torch.as_tensor(np.argsort(np.concatenate(self._order[key])), device=parts[0].device)
-                gathered[key] = torch.cat(parts)[order]
-        return gathered
+        return self._tokens.vectors()
 
     def rotary_positions(self) -> np.ndarray:
         """`[3, N]` rotary position ids (time, height, width) of the recorded tokens; equal where RoPE has one axis."""
@@ -163,29 +123,29 @@ class Recording:
         ids = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         lines = ids.cpu().numpy()
         # A model may give one line of positions for all its rows.
-        return np.asarray(lines[:, self.rows if lines.shape[1] > 1 else 0, self.columns])
+        return np.asarray(lines[:, self._tokens.rows if lines.shape[1] > 1 else 0, self._tokens.columns])
 
     def sinks(self) -> np.ndarray:
         """`[N]` whether a recorded token is an attention sink, see `sinks`."""
-        found = np.zeros(self.rows.size, bool)
+        found = np.zeros(self._tokens.rows.size, bool)
         for places, flags in self._sinks:
             found[places] |= flags.cpu().numpy()
         return found
 
     def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """At the first call: the inputs are the rows that were announced."""
-        if self._copies:
+        if self._tokens.copies:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs["inputs_embeds"] if ids is None else ids
         expected = self._padded.input_ids
         if given.shape[0] % len(expected):
             raise CaptureError(f"{given.shape[0]} rows reached the model and {len(expected)} were announced")
-        self._copies = given.shape[0] // len(expected)
+        copies = self._tokens.copies = given.shape[0] // len(expected)
         if ids is None:
             return
         length = min(ids.shape[1], self._width)
-        got = ids[:: self._copies, :length].cpu().numpy()
+        got = ids[::copies, :length].cpu().numpy()
         wrong = (got != expected[:, :length]) & self._padded.own[:, :length]
         if ids.shape[1] > self._width or wrong.any():
             at = int(wrong.any(1).argmax())
@@ -197,7 +157,7 @@ class Recording:
         start = self._seen[self._sites[0].layer]
         if start < self._width:
             ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-            self._rotary[start] = ids.expand(3, *ids.shape[-2:])[:, :: self._copies]
+            self._rotary[start] = ids.expand(3, *ids.shape[-2:])[:, :: self._tokens.copies]
 
     def _hidden_hook(self, site: KeySite) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -220,16 +180,15 @@ class Recording:
     def _on_projection(self, site: KeySite, inputs: torch.Tensor) -> None:
         """The input of the key projection, before its keys are counted."""
         start = self._seen[site.layer]
-        places, rows, columns = self._within(start, min(start + inputs.shape[1], self._width), inputs.device)
+        places, rows, columns = self._tokens.within(start, min(start + inputs.shape[1], self._width), inputs.device)
         if places.size:
-            self._order["k_rand", site.layer].append(places)
-            self._vectors["k_rand", site.layer].append(random_keys(site, inputs[rows, columns - start]))
+            self._tokens.add("k_rand", site.layer, places, random_keys(site, inputs[rows, columns - start]))
 
     @torch.no_grad()
     def _on_hidden(self, site: KeySite, hidden: torch.Tensor) -> None:
         """The input of a decoder layer, before its keys are made."""
         start = self._seen[site.layer]
-        places, rows, columns = self._within(start, min(start + hidden.shape[1], self._width), hidden.device)
+        places, rows, columns = self._tokens.within(start, min(start + hidden.shape[1], self._width), hidden.device)
         if places.size:
             self._sinks.append((places, is_sink(hidden[rows, columns - start])))
 
@@ -241,7 +200,7 @@ class Recording:
         if start >= self._width:
             self._span[site.layer] = None
             return
-        self._span[site.layer] = _Span(start, min(start + length, self._width), length)
+        self._span[site.layer] = Span(start, min(start + length, self._width), length)
         self._keys[site.layer] = keys
 
     @torch.no_grad()
@@ -260,92 +219,10 @@ class Recording:
         scaling = kwargs.get("scaling")
         scaling = site.head_dim**-0.5 if scaling is None else scaling
         keys, window = self._keys.pop(site.layer), kwargs.get("sliding_window")
-        layer = _Layer(site, span, keys, query, key, value, mask, scaling, window)
-        waiting = self._layers_waiting
-        entries = layer.keys.numel() + layer.key.numel()
-        if waiting and (waiting[0].like() != layer.like() or (len(waiting) + 1) * entries >= _TOGETHER):
-            self._look()
-        waiting.append(layer)
+        self._calls.add(LayerCall(site, span, keys, query, key, value, mask, scaling, window))
         if span.stop == self._width:
             self._attended.add(site.layer)
         if site is self._sites[-1]:
-            self._look()
+            self._calls.look()
             if span.stop == self._width:
                 self._remove_hooks()
-
-    def _look(self) -> None:
-        """Keep what is wanted of the layers that wait, which are alike."""
-        waiting = self._layers_waiting
-        if not waiting:
-            return
-        layers, span = [layer.site.layer for layer in waiting], waiting[0].span
-        keys = _stacked([layer.keys for layer in waiting])  # [L, B, n, KV, d]
-        # A sliding cache gives the newest keys only; a static one gives empty places after them.
-        first = max(0, span.start + span.length - waiting[0].key.shape[2])
-        if self._rope_check is not None:
-            for layer in waiting:
-                received = layer.key[:, :, span.start - first :][:, :, : span.length]
-                self._rope_check.compare(layer.site, layer.keys, received)
-        self._take("k_pre", layers, keys, span, span.start)
-        for space, offset in (("k_post", first), ("q", span.start), ("v", first)):
-            if space in self._spaces:
-                name = {"k_post": "key", "q": "query", "v": "value"}[space]
-                vectors = _stacked([getattr(layer, name).transpose(1, 2) for layer in waiting])
-                self._take(space, layers, vectors, span, offset)
-        if self._last_queries is not None:
-            self._look_at_last_query(self._last_queries, waiting, keys, first)
-        waiting.clear()
-
-    def _look_at_last_query(
-        self, last_queries: LastQueries, waiting: Sequence[_Layer], keys: torch.Tensor, first: int
-    ) -> None:
-        layers, span = [layer.site.layer for layer in waiting], waiting[0].span
-        own = keys[:, :: self._copies, : span.stop - span.start]
-        norms = torch.linalg.vector_norm(own, dim=-1, dtype=torch.float32)  # [L, B, n, KV]
-        if span.start or span.stop < self._width:  # a chunk of the prompt
-            for layer, part in zip(layers, norms, strict=True):
-                self._norms[layer].append(part)
-            if span.stop < self._width:
-                return
-            norms = torch.stack([torch.cat(self._norms.pop(layer), dim=1) for layer in layers])
-        row = self._width - 1 - span.start
-        masks = [layer.mask for layer in waiting]
-        last_queries.add(
-            layers,
-            _stacked([layer.query[:: self._copies, :, row] for layer in waiting]),
-            _stacked([layer.key[:: self._copies, :, : self._width - first] for layer in waiting]),
-            [mask if mask is None or mask.shape[0] == 1 else mask[:: self._copies] for mask in masks],
-            norms,
-            row=row,
-            scaling=waiting[0].scaling,
-            sliding_windows=[layer.sliding_window for layer in waiting],
-        )
-
-    def _take(self, space: str, layers: Sequence[int], vectors: torch.Tensor, span: _Span, offset: int) -> None:
-        """Keep the recorded tokens of a span from `[L, B, n, heads, d]`, whose first entry is column `offset`."""
-        places, rows, columns = self._within(span.start, span.stop, vectors.device)
-        if not places.size:
-            return
-        columns = columns - offset if offset else columns
-        if vectors.is_contiguous():  # several times as fast
-            taken = vectors.flatten(1, 2).index_select(1, rows * vectors.shape[2] + columns)
-        else:
-            taken = vectors[:, rows, columns]
-        for layer, values in zip(layers, taken, strict=True):
-            self._order[space, layer].append(places)
-            self._vectors[space, layer].append(values)
-
-    def _within(self, start: int, stop: int, device: torch.device) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-        """Recorded tokens in the columns [start, stop): their places among the N, model rows and columns."""
-        known = self._places.get((start, stop, device))
-        if known is None:
-            places = np.flatnonzero((self.columns >= start) & (self.columns < stop))
-            rows = torch.as_tensor(self.rows[places] * self._copies, device=device)
-            known = (places, rows, torch.as_tensor(self.columns[places], device=device))
-            self._places[start, stop, device] = known
-        return known
-
-
-def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Along a new first axis; one tensor is not copied."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
