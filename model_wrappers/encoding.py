@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
+
+from lmms_keyspace.model_wrappers.pictures import Pictures
 
 # Inputs with one entry per token, after the mask that tells padding, and the end that padding belongs to.
 _PADDED = (
@@ -12,19 +15,23 @@ _PADDED = (
 )
 
 
-def encode(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
+def encode(
+    processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]], pictures: Pictures | None = None
+) -> Any:
     """Run the processor on a batch.
 
     Args:
         processor: the model's own.
         texts: the prompts, with placeholders for the images.
         images: per prompt, in order; may be empty.
+        pictures: of the run's requests, where they ask several questions about one.
 
     Returns:
         The processor's output; `input_ids` and `attention_mask` are `[B, P]` with all padding on the left.
     """
     shown = [list(row) for row in images] if any(images) else None
-    inputs = processor(text=list(texts), images=shown, padding=True, return_tensors="pt")
+    with contextlib.nullcontext() if pictures is None else pictures.reused(processor):
+        inputs = processor(text=list(texts), images=shown, padding=True, return_tensors="pt")
     # InstructBLIP's processor puts the image before the padding, and pads the instruction of its Q-Former, which has
     # absolute positions, as it pads the prompt.
     for mask, names, side in _PADDED:

@@ -214,7 +214,7 @@ class KeyspaceVLM(lmms):
 
     def _answer(self, settings: Settings, rows: Sequence[Request]) -> list[GenerationResult]:
         images = [row.images() for row in rows]
-        inputs = encode(self.loaded.processor, [row.text for row in rows], images)
+        inputs = encode(self.loaded.processor, [row.text for row in rows], images, rows[0].pictures)
         inputs = inputs.to(self.device, self.loaded.model.dtype)
         with torch.inference_mode(), self._recorder.batch(rows, images, inputs):
             output = self.loaded.model.generate(**inputs, **settings.arguments, pad_token_id=self._pad_token_id())

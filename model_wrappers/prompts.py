@@ -11,11 +11,8 @@ from lmms_eval.protocol import ChatMessages
 
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.model_wrappers.absent_images import messages_of
+from lmms_keyspace.model_wrappers.pictures import Pictures
 from lmms_keyspace.records import DEFAULT_CONDITION
-
-# Pixels of the images that are kept from reading the prompts to answering them (200 MB): drawing or decoding them again
-# takes as long as a small model's forward pass.
-KEPT_PIXELS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,7 @@ class Request:
     generation_kwargs: Mapping[str, Any]
     counted: bool  # False for the harness's padding clones and for repeats of a request
     messages: Callable[[], ChatMessages]
+    pictures: Pictures  # of all requests that were read together
 
     def images(self) -> list[Any]:
         return list(self.messages().extract_media()[0])
@@ -67,10 +65,9 @@ def read_requests(instances: Sequence[Instance], datasets: Mapping[str, Any], pr
     """Read chat requests of lmms-eval, in order; see `_read`."""
     seen: set[tuple[str, int]] = set()
     requests = []
-    pixels = KEPT_PIXELS
+    pictures = Pictures()
     for instance in instances:
-        request, shown = _read(instance, datasets, processor, pixels)
-        pixels -= shown
+        request = _read(instance, datasets, processor, pictures)
         name = (request.task, request.doc_id)
         requests.append(replace(request, counted=request.counted and name not in seen))
         if request.counted:
@@ -78,8 +75,8 @@ def read_requests(instances: Sequence[Instance], datasets: Mapping[str, Any], pr
     return requests
 
 
-def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pixels: int) -> tuple[Request, int]:
-    """Read one chat request of lmms-eval, and how many pixels it keeps: `pixels` at most.
+def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pictures: Pictures) -> Request:
+    """Read one chat request of lmms-eval; `pictures` keeps what it shows, as far as there is room.
 
     A task's metadata may hold a `keyspace` block that names document fields: `cluster`, `condition`, `options` (a list
     of answers), and `segments` (segment -> field); see docs/probes.md. Without one every document is a cluster of its
@@ -95,8 +92,7 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pixel
     declared = (instance.metadata or {}).get("keyspace") or {}
 
     first, absent = messages_of(doc, dataset, doc_to_messages)
-    shown = sum(image.width * image.height for image in first.extract_media()[0] if not isinstance(image, str))
-    kept = first if shown <= pixels else None
+    kept = first if pictures.keep(first) else None
 
     def messages() -> ChatMessages:
         return kept or messages_of(dataset[doc_id], dataset, doc_to_messages)[0]
@@ -113,7 +109,7 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pixel
     options = doc.get(declared.get("options", "options"))
     cluster_field = declared.get("cluster")
     condition_field = declared.get("condition")
-    request = Request(
+    return Request(
         task=task,
         doc_id=doc_id,
         cluster=field(cluster_field, "cluster") if cluster_field else str(doc_id),
@@ -129,8 +125,8 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pixel
         generation_kwargs=generation_kwargs,
         counted="__padding_only__" not in (instance.metadata or {}),
         messages=messages,
+        pictures=pictures,
     )
-    return request, shown if kept else 0
 
 
 def read_continuations(

@@ -1,0 +1,115 @@
+"""Pictures of which a run asks several questions: kept once, and made ready for the model once.
+
+Every probe shows a picture under several conditions, and many benchmarks ask several questions about one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+import xxhash
+from lmms_eval.protocol import ChatMessages
+from PIL import Image
+from transformers import BatchFeature
+
+# Pixels that are kept from reading the prompts to answering them (200 MB): drawing or decoding them again takes as long
+# as a small model's forward pass.
+KEPT_PIXELS = 1 << 26
+# Numbers that are kept of pictures made ready for the model and not yet asked about for the last time (256 MB).
+KEPT_VALUES = 1 << 26
+
+
+class Pictures:
+    """The pictures of one call's requests. Memory is bounded: of a large benchmark only the first are kept."""
+
+    def __init__(self, pixels: int = KEPT_PIXELS, values: int = KEPT_VALUES) -> None:
+        self._pixels, self._values = pixels, values  # that there is still room for
+        self._kept: dict[Hashable, Image.Image] = {}
+        self._waiting: Counter[int] = Counter()  # id of a kept picture -> requests that will still show it
+        self._ready: dict[int, torch.Tensor] = {}  # the same -> what the image processor made of it
+        self._one_by_one = True  # as far as is known, the image processor makes one row of each picture
+
+    def keep(self, messages: ChatMessages) -> bool:
+        """Have equal pictures of several requests be one object; False where there is no room for new ones."""
+        parts = [part for message in messages.messages for part in message.content if part.type == "image"]
+        shown = [(part, _content(part.url)) for part in parts if isinstance(part.url, Image.Image)]
+        new = {content: part.url for part, content in shown if content not in self._kept}
+        pixels = sum(picture.width * picture.height for picture in new.values())
+        if pixels > self._pixels:
+            return False
+        self._pixels -= pixels
+        self._kept |= new
+        for part, content in shown:
+            part.url = self._kept[content]
+            self._waiting[id(part.url)] += 1
+        return True
+
+    @contextlib.contextmanager
+    def reused(self, processor: Any) -> Iterator[None]:
+        """Inside, the processor takes what its image processor made of a kept picture before."""
+        own = processor.image_processor
+        if self._one_by_one:
+            processor.image_processor = _Reusing(own, self)
+        try:
+            yield
+        finally:
+            processor.image_processor = own
+
+    def processed(self, own: Any, images: Any, kwargs: dict[str, Any]) -> Any:
+        """`own(images, **kwargs)`, the same numbers, without doing it again for a kept picture.
+
+        Only where the image processor's whole output is one row per picture: no padding to the others of the batch, no
+        cutting into tiles.
+        """
+        shown = [image for row in images for image in (row if isinstance(row, list | tuple) else [row])]
+        if not self._one_by_one or not any(self._waiting[id(image)] > 1 or id(image) in self._ready for image in shown):
+            return own(images, **kwargs)
+        new = {id(image): image for image in shown if id(image) not in self._ready}
+        rows = dict(self._ready)
+        if new:
+            made = own(list(new.values()), **kwargs)
+            values = made.get("pixel_values")
+            if set(made) != {"pixel_values"} or not isinstance(values, torch.Tensor) or len(values) != len(new):
+                self._one_by_one = False
+                return own(images, **kwargs)
+            rows |= zip(new, values, strict=True)
+        if len({rows[id(image)].shape for image in shown}) > 1:
+            return own(images, **kwargs)
+        self._take(shown, rows)
+        return BatchFeature({"pixel_values": torch.stack([rows[id(image)] for image in shown])})
+
+    def _take(self, shown: Sequence[Any], rows: dict[int, torch.Tensor]) -> None:
+        """Keep what will be shown again, let go what will not."""
+        for name, times in Counter(map(id, shown)).items():
+            self._waiting[name] -= times
+            if self._waiting[name] <= 0:
+                if name in self._ready:
+                    self._values += self._ready.pop(name).numel()
+            elif name not in self._ready and rows[name].numel() <= self._values:
+                self._ready[name] = rows[name].clone()  # a row would hold the whole batch's memory
+                self._values -= rows[name].numel()
+
+
+class _Reusing:
+    """Stands in for an image processor."""
+
+    def __init__(self, own: Any, pictures: Pictures) -> None:
+        self._own, self._pictures = own, pictures
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def __call__(self, images: Any, **kwargs: Any) -> Any:
+        return self._pictures.processed(self._own, images, kwargs)
+
+
+def _content(picture: Image.Image) -> Hashable:
+    """Equal for pictures that any processor reads alike; a picture in another mode than RGB is equal to itself only."""
+    if picture.mode != "RGB":
+        return id(picture)
+    told = (picture.info.get("exif"), picture.info.get("transparency"))
+    return picture.size, xxhash.xxh3_128_digest(picture.tobytes()), told

@@ -1,0 +1,124 @@
+"""Pictures of which several questions are asked: one object, preprocessed once, and the same inputs of the model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from lmms_eval.protocol import ChatMessages
+from models import family_processor, placeholder
+from PIL import Image
+
+from lmms_keyspace.model_wrappers.encoding import encode
+from lmms_keyspace.model_wrappers.pictures import Pictures
+
+# One for every kind of image processor: resized, padded, cut into tiles or into patches.
+FAMILIES = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "gemma3", "mistral3"]
+FAMILIES += ["idefics2", "idefics3", "instructblip"]
+
+
+def picture(number: int, mode: str = "RGB", side: int = 12) -> Image.Image:
+    values = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def shown(*pictures: Image.Image) -> ChatMessages:
+    content = [{"type": "image", "url": one} for one in pictures]
+    return ChatMessages(messages=[{"role": "user", "content": [*content, {"type": "text", "text": "red ?"}]}])
+
+
+def images(messages: ChatMessages) -> list[Image.Image]:
+    return list(messages.extract_media()[0])
+
+
+def counted(processor, monkeypatch) -> list[int]:
+    """Pictures of each call of the image processor, from now on."""
+    own, calls = processor.image_processor, []
+
+    class Counting(type(own)):
+        def __call__(self, images, **kwargs):
+            calls.append(sum(len(row) if isinstance(row, list) else 1 for row in images))
+            return super().__call__(images, **kwargs)
+
+    monkeypatch.setattr(own, "__class__", Counting)
+    return calls
+
+
+def test_equal_pictures_are_one_object_and_different_ones_are_not():
+    pictures = Pictures()
+    turned = picture(1)
+    turned.info["exif"] = b"Exif"
+    asked = [shown(one) for one in (picture(1), picture(2), picture(1), turned, picture(1, "L"), picture(1, "L"))]
+    assert all(pictures.keep(messages) for messages in asked)
+    first, second, again, other, *gray = (images(messages)[0] for messages in asked)
+    assert again is first
+    assert len({id(one) for one in (first, second, other, *gray)}) == 5
+    assert images(shown("a path"))[0] == "a path"
+
+
+def test_only_what_there_is_room_for_is_kept():
+    pictures = Pictures(pixels=2 * 144)
+    late = shown(picture(3))
+    own = images(late)[0]
+    assert [pictures.keep(shown(picture(number))) for number in (1, 2)] == [True, True]
+    assert not pictures.keep(late)
+    assert images(late)[0] is own
+    assert pictures.keep(shown(picture(1), picture(2)))  # needs no room
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_inputs_are_those_of_the_processor_alone(family):
+    processor = family_processor(family)
+    processor.tokenizer.padding_side = "left"
+    image = "" if family == "instructblip" else placeholder(family)
+    pictures = Pictures()
+    # Equal pictures in one batch and in two; one in another mode; several sizes, which some processors pad or cut up.
+    drawn = [[picture(n) for n in (1, 2, 1)], [picture(3, side=20), picture(2), picture(4, "L")], [picture(1)]]
+    for batch in drawn:
+        asked = [shown(one) for one in batch]
+        for messages in asked:
+            pictures.keep(messages)
+        batch[:] = [images(messages)[0] for messages in asked]
+    for batch in drawn:
+        texts = [f"{image} USER: What color is the {word} ?" for word in ("red", "blue circle", "square")[: len(batch)]]
+        rows = [[one] for one in batch]
+        found, expected = encode(processor, texts, rows, pictures), encode(processor, texts, rows)
+        assert set(found) == set(expected)
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name], values, rtol=0, atol=0)
+
+
+def test_a_picture_is_preprocessed_once_and_let_go_after_its_last_question(monkeypatch):
+    processor = family_processor("llava")
+    processor.tokenizer.padding_side = "left"
+    calls = counted(processor, monkeypatch)
+    pictures = Pictures()
+    asked = [shown(picture(number)) for number in (1, 2, 1, 2, 3, 1)]
+    for messages in asked:
+        pictures.keep(messages)
+    for start in range(0, 6, 2):
+        rows = [images(messages) for messages in asked[start : start + 2]]
+        encode(processor, ["<image> red ?"] * 2, rows, pictures)
+    assert calls == [2, 1]  # 1 and 2; nothing; 3
+    assert not pictures._ready
+
+
+def test_without_room_for_its_values_a_picture_is_preprocessed_again(monkeypatch):
+    processor = family_processor("llava")
+    processor.tokenizer.padding_side = "left"
+    calls = counted(processor, monkeypatch)
+    pictures = Pictures(values=0)
+    asked = [shown(picture(1)) for _ in range(2)]
+    for messages in asked:
+        pictures.keep(messages)
+    for messages in asked:
+        encode(processor, ["<image> red ?"], [images(messages)], pictures)
+    assert calls == [1, 1]
+
+
+def test_a_failing_processor_is_left_as_it_was():
+    processor = family_processor("llava")
+    own = processor.image_processor
+    with pytest.raises(ValueError, match="image"), Pictures().reused(processor):
+        processor(text=["red ?"], images=[["no picture"]])
+    assert processor.image_processor is own
