@@ -55,14 +55,14 @@ def assemble(run: Observed, *, finished: bool = True) -> RunData:
         )
     measured = _measured(run, capture) if finished else NOTHING_MEASURED
     tokens = capture.token_table()
-    tokens["keys_row"], keys = _kept_keys(run, capture, tokens, reference=run.second_pass and finished)
+    keys_row, keys = _kept_keys(run, capture, tokens, reference=run.second_pass and finished)
     return RunData(
         record=_record(run, measured.bandwidths, finished),
         gram=measured.gram,
         losses=measured.losses,
         divergence=measured.table,
         attention=capture.attention_table(),
-        tokens=tokens,
+        tokens=tokens.assign(keys_row=keys_row),
         keys=keys,
         options=_options(run),
     )

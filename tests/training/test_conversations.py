@@ -160,7 +160,8 @@ def test_other_architectures(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "template", "message"),
     [
-        ("qwen2_5_vl", TEMPLATE.replace("IMAGE", ""), "number of images passed"),
+        # The processor counts for itself from a later transformers on; before, this package does.
+        ("qwen2_5_vl", TEMPLATE.replace("IMAGE", ""), "(number of images passed|writes no placeholder)"),
         ("qwen2_5_vl", "{{ raise_exception('no such role') }}", "refuses the row: no such role"),
         ("idefics3", TEMPLATE.replace("IMAGE", ""), "refuses the row"),
         ("gemma3", TEMPLATE.replace("IMAGE", ""), "refuses the row"),
