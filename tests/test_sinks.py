@@ -40,7 +40,7 @@ def test_capture_flags_the_token_with_a_massive_activation():
         model.get_input_embeddings().weight[sink, 11] = 1e5
     prompts = [
         Prompt("toy", 0, "c0", "default", "USER: w1 w2 w3 <image> w4 ?"),
-        Prompt("toy", 1, "c1", "default", "USER: w3 ?"),
+        Prompt("toy", 1, "c1", "default", "USER: w1 w2 w4 w5 w3 ?"),  # in the second chunk of three
     ]
     labeler = Labeler(words, IMAGE).fit(prompts)
     rows = []

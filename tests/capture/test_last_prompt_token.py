@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,10 +23,11 @@ from toy_captures import (
     tiny_llava,
 )
 
-from lmms_keyspace.capture import Capture, Row, last_query, measures
+from lmms_keyspace.capture import Capture, Row, attention_store, last_query, measures
 from lmms_keyspace.families import FAMILIES, decoder_sites
 from lmms_keyspace.records import ALL_HEADS, ATTENTION_COLUMNS, SEGMENTS, TEXT, VISUAL
 from lmms_keyspace.tokens import Labeler
+from lmms_keyspace.tokens.labels import TokenLabels
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -144,10 +147,22 @@ def test_mrope_positions_and_attention_of_qwen2_5_vl():
 
 
 def test_layers_summed_up_one_by_one_or_together_give_the_same(llava, rows, monkeypatch):
-    together, _ = run(llava, rows)
+    together, _ = run(llava, rows, batch_size=5)
     monkeypatch.setattr(last_query, "_HELD", 1)
-    alone, _ = run(llava, rows)
+    alone, _ = run(llava, rows, batch_size=5)
+    assert len(of_all_heads(alone)) == len(LAYERS) * len(rows) > 5 * len(LAYERS)
     pd.testing.assert_frame_equal(alone.attention_table(), together.attention_table(), rtol=1e-5, atol=1e-6)
+
+
+def test_segments_are_counted_in_prompts_that_lack_the_last_one():
+    row = make_rows(make_prompts(1))[0]
+    at = np.flatnonzero(row.labels.segment != SEGMENTS[-1])[:2]
+    labels = TokenLabels(*(getattr(row.labels, field.name)[at] for field in fields(TokenLabels)))
+    short = Row(row.prompt, row.input_ids[at], labels, np.arange(0))
+    counts = attention_store._segment_counts([row, short])
+    expected = [[int((one.labels.segment == name).sum()) for name in SEGMENTS] for one in (row, short)]
+    assert counts.tolist() == expected
+    assert counts[1, -1] == 0
 
 
 @pytest.mark.parametrize("gap", [0.0, 50.0, 80.0, 200.0, 1e4])
