@@ -22,8 +22,13 @@ from lmms_keyspace.capture import Capture
 from lmms_keyspace.families import decoder_sites
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-# glibc gives freed blocks back at once, so that resident memory is memory in use.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+# The allocators give freed blocks back at once, so that resident memory is memory in use.
+_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+}
 
 
 def memory_bundled(device: torch.device, rounds: int) -> Measured:

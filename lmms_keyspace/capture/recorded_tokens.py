@@ -50,12 +50,12 @@ class RecordedTokens:
         if not places.size:
             return
         columns = columns - offset if offset else columns
-        if vectors.is_contiguous():  # several times as fast
-            taken = vectors.flatten(1, 2).index_select(1, rows * vectors.shape[2] + columns)
-        else:
-            taken = vectors[:, rows, columns]
-        for layer, values in zip(layers, taken, strict=True):
-            self.add(space, layer, places, values)
+        flat = rows * vectors.shape[2] + columns
+        for layer, one in zip(layers, vectors, strict=True):
+            # A tensor of its own for each layer: views of one tensor would all be held until the last is let go.
+            # Of contiguous vectors, index_select takes them several times as fast.
+            taken = one.flatten(0, 1).index_select(0, flat) if one.is_contiguous() else one[rows, columns]
+            self.add(space, layer, places, taken)
 
     def add(self, space: str, layer: int, places: np.ndarray, vectors: torch.Tensor) -> None:
         """Keep `[n, heads, d]` at some places."""
