@@ -26,26 +26,26 @@ def examine() -> list[Finding]:
     """Run every check.
 
     Returns:
-        One finding per check; those of a check that raised carry its error. Nothing after `builds` when that fails:
-        every other check would only repeat it.
+        One finding per check; those of a check that raised carry its error. Nothing after one of builds, hooks and
+        models that fails: every task would only repeat it.
     """
-    first = [_finding("versions", versions), _finding("builds", _builds)]
-    if not first[-1].ok:
-        return first
+    findings = [_finding("versions", versions)]
+    for subject, check in (("builds", _builds), ("hooks", _hooks), ("models", _models)):
+        findings.append(_finding(subject, check))
+        if not findings[-1].ok:
+            return findings
     checks: list[tuple[str, Callable[[], str]]] = [
-        ("models", _models),
-        ("hooks", _hooks),
         *((f"task {path.stem}", lambda path=path: _task(path)) for path in _task_files()),
         *((f"bundled {name}", lambda folder=folder: _weights(folder)) for name, folder in _bundled().items()),
     ]
-    return first + [_finding(subject, check) for subject, check in checks]
+    return findings + [_finding(subject, check) for subject, check in checks]
 
 
 def _finding(subject: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(subject, True, check())
     except Exception as error:  # noqa: BLE001 - whatever is wrong is what the user came to see
-        return Finding(subject, False, f"{type(error).__name__}: {error}")
+        return Finding(subject, False, " ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def versions() -> str:

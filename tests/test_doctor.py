@@ -98,6 +98,16 @@ def test_builds_that_do_not_fit_are_told_once(monkeypatch, tmp_path):
     assert "do not fit each other (operator torchvision::nms does not exist); install both anew" in builds.detail
 
 
+def test_a_package_that_does_not_load_is_told_once_in_one_line(monkeypatch):
+    def install_task_hook():
+        raise ImportError("tokenizers>=2 is required,\nbut found 1")
+
+    monkeypatch.setattr(harness, "install_task_hook", install_task_hook)
+    assert doctor.examine()[2:] == [
+        doctor.Finding("hooks", False, "ImportError: tokenizers>=2 is required, but found 1")
+    ]
+
+
 def test_missing_models_are_named(monkeypatch, only_tasks_in):
     monkeypatch.setitem(harness.MODEL_CLASSES, "no_such_model", "Nothing")
     found = finding("models")
