@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
+import pyarrow as pa
 import torch
 import xxhash
 from lmms_eval.protocol import ChatMessages
@@ -112,4 +113,12 @@ def _content(picture: Image.Image) -> Hashable:
     if picture.mode != "RGB":
         return id(picture)
     told = (picture.info.get("exif"), picture.info.get("transparency"))
-    return picture.size, xxhash.xxh3_128_digest(picture.tobytes()), told
+    return picture.size, xxhash.xxh3_128_digest(_memory(picture)), told
+
+
+def _memory(picture: Image.Image) -> Any:
+    """The picture's pixels where they lie, which is many times faster than writing them out."""
+    if hasattr(picture, "__arrow_c_array__"):  # Pillow 11.2.1
+        with contextlib.suppress(ValueError):  # a large picture lies in several pieces
+            return pa.array(picture).values.buffers()[1]
+    return picture.tobytes()

@@ -56,6 +56,14 @@ def test_equal_pictures_are_one_object_and_different_ones_are_not():
     assert images(shown("a path"))[0] == "a path"
 
 
+def test_pictures_too_large_to_lie_in_one_piece_are_compared_too():
+    large = [Image.new("RGB", (2200, 2100), color) for color in ("red", "blue")]
+    asked = [shown(one) for one in (*large, large[0].copy())]
+    pictures = Pictures()
+    assert all(pictures.keep(messages) for messages in asked)
+    assert [images(messages)[0] is large[0] for messages in asked] == [True, False, True]
+
+
 def test_only_what_there_is_room_for_is_kept():
     pictures = Pictures(pixels=2 * 144)
     late = shown(picture(3))
