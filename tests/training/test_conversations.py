@@ -172,7 +172,7 @@ def test_a_row_that_the_processor_or_its_template_refuses_is_named(family: str, 
     processor.chat_template = template
     example = Example("row 7", (picture,), (Turn("user", "<image> What color ?"), Turn("assistant", "red")))
     encoded = EncodedExamples([example], processor, visual_token_ids(family_model(family).config))
-    with pytest.raises(InputError, match=rf"row 7='1 images'.*{message}"):
+    with pytest.raises(InputError, match=rf"row 7='1 images.*{message}"):
         encoded[0]
 
 
