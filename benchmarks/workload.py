@@ -122,7 +122,9 @@ class Workload:
         """Tokens that can be sampled, as the wrapper counts them before the run."""
         decoder = decoder_sites(self.model)
         labeler = Labeler(self.processor.tokenizer, decoder.image_token_id).fit(self.prompts)
-        return sum(labeler.samplable(prompt, 32, TEMPLATE_TOKENS) for prompt in self.prompts)
+        prompts, inputs = self.batches[0]
+        image_tokens = int((inputs["input_ids"] == decoder.image_token_id).sum()) // len(prompts)
+        return sum(labeler.samplable(prompt, 32, TEMPLATE_TOKENS, image_tokens) for prompt in self.prompts)
 
     def plain(self) -> Callable[[], None]:
         """Generation alone."""

@@ -18,6 +18,7 @@ from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import decoder_sites
 from lmms_keyspace.model_wrappers.arguments import AUTO_BATCH_SIZE, Arguments
 from lmms_keyspace.model_wrappers.conditions import same_prompts
+from lmms_keyspace.model_wrappers.encoding import encode
 from lmms_keyspace.model_wrappers.loading import Loaded
 from lmms_keyspace.model_wrappers.merging import merge, shared
 from lmms_keyspace.model_wrappers.observed import Observed, ObservedTask
@@ -120,7 +121,7 @@ class Recorder:
             return
         for name, note in self._labeler.notes.items():
             logger.warning(f"{name}: {note}")
-        limits = self._sampler.tokens, self._sampler.template_tokens
+        limits = self._sampler.tokens, self._sampler.template_tokens, self._tokens_of_an_image(requests)
         selected = [p for task in tasks.values() for p in task.prompts.values() if p.cluster in task.chosen]
         memory = capture.memory_estimate(
             sum(self._labeler.samplable(prompt, *limits) for prompt in selected),
@@ -132,6 +133,25 @@ class Recorder:
             f"capture: {len(selected)} documents of {len(tasks)} task(s), layers {capture.layers}, "
             f"about {memory / 1e6:.1f} MB on {self.observed.loaded.device}"
         )
+
+    def _tokens_of_an_image(self, requests: Sequence[Request]) -> int:
+        """Of the first sampled document that shows one; without any, the most that are sampled.
+
+        Raises:
+            RuntimeError: that document's pictures cannot be read; names the task and the document.
+        """
+        for request in requests:
+            if request.counted and request.cluster in self.observed.tasks[request.task].chosen:
+                try:
+                    images = request.images()
+                    if images:
+                        ids = encode(self.observed.loaded.processor, [request.text], [images])["input_ids"]
+                        return int((ids == self.observed.decoder.image_token_id).sum()) // len(images)
+                except Exception as error:
+                    raise RuntimeError(
+                        f"{request.task}, document {request.doc_id}: {type(error).__name__}: {error}"
+                    ) from error
+        return self._sampler.tokens
 
     def receive(self, requests: Sequence[Request]) -> None:
         """Look, before the first forward pass, for documents that must be seen and that lmms-eval's cache answered.

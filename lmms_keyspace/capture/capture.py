@@ -90,15 +90,18 @@ class Capture:
             documents: documents whose attention is captured.
             reference: whether the base model's vectors are held too.
         """
-        query = sum(site.n_heads * site.head_dim for site in self._sites)
-        key = sum(site.n_kv_heads * site.head_dim for site in self._sites)
-        width = sum(query if space == "q" else key for space in self._spaces)
+        widths = [
+            (site.n_heads if space == "q" else site.n_kv_heads) * site.head_dim
+            for space in self._spaces
+            for site in self._sites
+        ]
         itemsize = torch.empty(0, dtype=self._decoder.model.dtype).element_size()
         held = tokens * (2 if reference else 1)
         rows = sum(documents + selected * site.n_kv_heads for site in self._sites)
         making_tokens = held * _TOKEN_PEAK + rows * _ATTENTION_BYTES
         making_attention = held * _TOKEN_BYTES + rows * _ATTENTION_PEAK
-        return held * width * itemsize + max(making_tokens, making_attention)
+        vectors = held * sum(widths) + tokens * max(widths)  # those of one layer twice, while they are joined
+        return vectors * itemsize + max(making_tokens, making_attention)
 
     @contextmanager
     def batch(self, rows: Sequence[Row]) -> Iterator[None]:

@@ -140,19 +140,21 @@ class Labeler:
             raise InputError("task", prompt.task, "its prompts were not fitted; pass them to Labeler.fit first")
         return self._fitted[prompt.task].find(prompt) or self._fit_one(prompt)
 
-    def samplable(self, prompt: Prompt, tokens: int, template: int) -> int:
-        """How many tokens of a prompt can be sampled, as far as its text tells: an image is taken to have `tokens`.
+    def samplable(self, prompt: Prompt, tokens: int, template: int, image_tokens: int) -> int:
+        """How many tokens of a prompt can be sampled, as far as its text tells.
 
         Args:
             prompt: of a task that was fitted.
             tokens: most visual tokens, and most text tokens.
             template: most of all others.
+            image_tokens: what an image is taken to have.
         """
         found = self._text_tokens(prompt)
         shows = found.placeholders > 0
         is_word = found.modality == _CODE[TEXT]
         words, others = (int(np.count_nonzero(kind & ~shows)) for kind in (is_word, ~is_word))
-        return min(words, tokens) + min(others, template) + (tokens if shows.any() else 0)
+        visual = int(found.placeholders.sum()) * image_tokens
+        return min(words, tokens) + min(others, template) + min(visual, tokens)
 
     def _fit_task(self, task: str, prompts: Sequence[Prompt]) -> None:
         encoded = self._encode(prompts)
