@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -28,6 +27,7 @@ from lmms_keyspace.model_wrappers.encoding import encode
 from lmms_keyspace.model_wrappers.generation import Settings, batches, cut
 from lmms_keyspace.model_wrappers.likelihood import Scored, first_distinguishing, score
 from lmms_keyspace.model_wrappers.loading import Loaded, load
+from lmms_keyspace.model_wrappers.naming import names, naming
 from lmms_keyspace.model_wrappers.prompts import ContinuationRequest, Request, read_continuations, read_requests
 from lmms_keyspace.model_wrappers.recorder import Recorder
 from lmms_keyspace.records import OPTION_COLUMNS
@@ -191,25 +191,18 @@ class KeyspaceVLM(lmms):
         done: list[T] = []
         while len(done) < len(rows):
             part = rows[len(done) : len(done) + observed.batch_size]
-            names = _names(part)
             try:
-                done += work(part)
+                with naming(part):
+                    done += work(part)
                 progress.update(len(part))
             except torch.OutOfMemoryError as error:
                 # What capture has taken of these rows cannot be taken again: the second pass was too much.
                 begun = observed.capture is not None and (part[0].task, part[0].doc_id) in observed.capture.captured
                 if self.arguments.batch_size is not None or len(part) == 1 or begun:
-                    way_out = f"memory does not suffice for {names}; give a smaller batch_size, or smaller images"
+                    way_out = f"memory does not suffice for {names(part)}; give a smaller batch_size, or smaller images"
                     raise InputError("batch_size", len(part), way_out) from error
                 observed.batch_size = len(part) // 2
                 logger.warning(f"batch_size=auto: no memory for {len(part)} rows, going on with {observed.batch_size}")
-            except InputError:
-                raise
-            except Exception as error:
-                raise RuntimeError(f"{names}: {type(error).__name__}: {error}") from error
-            except BaseException:
-                logger.error(f"stopped at {names}")
-                raise
         return done
 
     def _answer(self, settings: Settings, rows: Sequence[Request]) -> list[GenerationResult]:
@@ -249,14 +242,6 @@ class KeyspaceVLM(lmms):
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError(f"{self.keyspace_model_name} answers one question a document, in one round")
-
-
-def _names(rows: Sequence[Request | ContinuationRequest]) -> str:
-    """The documents of a batch, by task."""
-    documents: dict[str, list[int]] = defaultdict(list)
-    for row in rows:
-        documents[row.task].append(row.doc_id)
-    return "; ".join(f"{task}, document {', '.join(map(str, ids))}" for task, ids in documents.items())
 
 
 class KeyspaceLlava(KeyspaceVLM):

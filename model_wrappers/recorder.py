@@ -21,6 +21,7 @@ from lmms_keyspace.model_wrappers.conditions import same_prompts
 from lmms_keyspace.model_wrappers.encoding import encode
 from lmms_keyspace.model_wrappers.loading import Loaded
 from lmms_keyspace.model_wrappers.merging import merge, shared
+from lmms_keyspace.model_wrappers.naming import naming
 from lmms_keyspace.model_wrappers.observed import Observed, ObservedTask
 from lmms_keyspace.model_wrappers.prompts import Request
 from lmms_keyspace.model_wrappers.ranks import Ranks
@@ -142,15 +143,11 @@ class Recorder:
         """
         for request in requests:
             if request.counted and request.cluster in self.observed.tasks[request.task].chosen:
-                try:
+                with naming([request]):
                     images = request.images()
                     if images:
                         ids = encode(self.observed.loaded.processor, [request.text], [images])["input_ids"]
                         return int((ids == self.observed.decoder.image_token_id).sum()) // len(images)
-                except Exception as error:
-                    raise RuntimeError(
-                        f"{request.task}, document {request.doc_id}: {type(error).__name__}: {error}"
-                    ) from error
         return self._sampler.tokens
 
     def receive(self, requests: Sequence[Request]) -> None:

@@ -214,6 +214,19 @@ def test_an_error_of_generate_names_task_and_documents_and_leaves_what_was_captu
     assert len(keys["k_pre/3"]) == tokens["modality"].isin(["visual", "text"]).sum() > 0
 
 
+def test_pictures_that_the_processor_refuses_end_the_run_before_the_first_forward(monkeypatch, tmp_path):
+    def broken(*args, **kwargs):
+        raise OSError("image file is truncated")
+
+    def generate(*args, **kwargs):
+        raise AssertionError("the model was called")
+
+    monkeypatch.setattr("lmms_keyspace.model_wrappers.recorder.encode", broken)
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    with pytest.raises(RuntimeError, match=r"textbias_probe_quick, document \d+: OSError: image file is truncated"):
+        evaluate("keyspace_llava", tmp_path, limit=4, batch_size=2)
+
+
 def short_of_memory(monkeypatch, most):
     """generate() has memory for `most` rows. Returns the list of the batches that it was given."""
     generate = GenerationMixin.generate
