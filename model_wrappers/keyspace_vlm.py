@@ -25,11 +25,13 @@ from lmms_keyspace.model_wrappers import arguments as args
 from lmms_keyspace.model_wrappers.assembly import assemble
 from lmms_keyspace.model_wrappers.encoding import encode
 from lmms_keyspace.model_wrappers.generation import Settings, batches, cut
+from lmms_keyspace.model_wrappers.growing_cache import growing_cache
 from lmms_keyspace.model_wrappers.likelihood import Scored, first_distinguishing, score
 from lmms_keyspace.model_wrappers.loading import Loaded, load
 from lmms_keyspace.model_wrappers.naming import names, naming
 from lmms_keyspace.model_wrappers.prompts import ContinuationRequest, Request, read_continuations, read_requests
 from lmms_keyspace.model_wrappers.recorder import Recorder
+from lmms_keyspace.model_wrappers.visual_features import VisualFeatures
 from lmms_keyspace.records import OPTION_COLUMNS
 
 R = TypeVar("R", Request, ContinuationRequest)
@@ -64,6 +66,7 @@ class KeyspaceVLM(lmms):
             tokens = "" if statistics is None else f", from keys of {statistics.tokens}"
             logger.info(f"{self.keyspace_model_name}: intervention {intervention.name}{tokens}")
         self._recorder = Recorder(self.loaded, self.arguments, model_name=self.keyspace_model_name)
+        self._features = VisualFeatures(self.loaded.model)
         self._expecting = False
 
     @property
@@ -210,7 +213,9 @@ class KeyspaceVLM(lmms):
         inputs = encode(self.loaded.processor, [row.text for row in rows], images, rows[0].pictures)
         inputs = inputs.to(self.device, self.loaded.model.dtype)
         with torch.inference_mode(), self._recorder.batch(rows, images, inputs):
-            output = self.loaded.model.generate(**inputs, **settings.arguments, pad_token_id=self._pad_token_id())
+            given = self._features.inputs(inputs, images, rows[0].pictures)
+            given |= growing_cache(self.loaded.model)
+            output = self.loaded.model.generate(**given, **settings.arguments, pad_token_id=self._pad_token_id())
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = self.loaded.processor.batch_decode(new, skip_special_tokens=True)
         input_lengths = inputs["attention_mask"].sum(1).tolist()
@@ -237,7 +242,7 @@ class KeyspaceVLM(lmms):
                     harness.hand_over(data, self.arguments.keys_dir, hole=self._recorder.hole)
         if self.loaded.intervention is not None:
             self.loaded.intervention.change.remove()
-        del self._recorder, self.loaded
+        del self._recorder, self._features, self.loaded
         super().clean()
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:

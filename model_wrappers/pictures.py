@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -20,19 +20,58 @@ from transformers import BatchFeature
 # Pixels that are kept from reading the prompts to answering them (200 MB): drawing or decoding them again takes as long
 # as a small model's forward pass.
 KEPT_PIXELS = 1 << 26
-# Numbers that are kept of pictures made ready for the model and not yet asked about for the last time (256 MB).
+# Numbers that are kept of pictures that will be shown again: made ready for the model, and the model's features (256 MB
+# each in float32).
 KEPT_VALUES = 1 << 26
 
 
+class Kept:
+    """What was made of pictures, by the picture, as far as there is room.
+
+    Args:
+        values: numbers that there is room for.
+    """
+
+    def __init__(self, values: int) -> None:
+        self._room = values
+        self._made: dict[int, torch.Tensor] = {}
+
+    def __contains__(self, picture: object) -> bool:
+        return id(picture) in self._made
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def of(self, shown: Iterable[object]) -> dict[int, torch.Tensor]:
+        """What is kept, by the picture's id."""
+        return {name: self._made[name] for name in map(id, shown) if name in self._made}
+
+    def keep(self, name: int, made: torch.Tensor) -> None:
+        """Keep what was made of a picture, if there is room."""
+        if name not in self._made and made.numel() <= self._room:
+            self._made[name] = made.clone()  # a row would hold the whole batch's memory
+            self._room -= made.numel()
+
+    def let_go(self, name: int) -> None:
+        """Of a picture that will not be shown again."""
+        if name in self._made:
+            self._room += self._made.pop(name).numel()
+
+
 class Pictures:
-    """The pictures of one call's requests. Memory is bounded: of a large benchmark only the first are kept."""
+    """The pictures of one call's requests. Memory is bounded: of a large benchmark only the first are kept.
+
+    Attributes:
+        features: what the model made of them.
+    """
 
     def __init__(self, pixels: int = KEPT_PIXELS, values: int = KEPT_VALUES) -> None:
-        self._pixels, self._values = pixels, values  # that there is still room for
+        self._pixels = pixels  # that there is still room for
         self._kept: dict[Hashable, Image.Image] = {}
         self._waiting: Counter[int] = Counter()  # id of a kept picture -> requests that will still show it
-        self._ready: dict[int, torch.Tensor] = {}  # the same -> what the image processor made of it
+        self._ready = Kept(values)  # what the image processor made of them
         self._one_by_one = True  # as far as is known, the image processor makes one row of each picture
+        self.features = Kept(values)
 
     def keep(self, messages: ChatMessages) -> bool:
         """Have equal pictures of several requests be one object; False where there is no room for new ones."""
@@ -67,10 +106,12 @@ class Pictures:
         cutting into tiles.
         """
         shown = [image for row in images for image in (row if isinstance(row, list | tuple) else [row])]
-        if not self._one_by_one or not any(self._waiting[id(image)] > 1 or id(image) in self._ready for image in shown):
+        again = any(self._waiting[id(image)] > 1 or image in self._ready for image in shown)
+        self._waiting.subtract(map(id, shown))
+        if not self._one_by_one or not again:
             return own(images, **kwargs)
-        new = {id(image): image for image in shown if id(image) not in self._ready}
-        rows = dict(self._ready)
+        new = {id(image): image for image in shown if image not in self._ready}
+        rows = self._ready.of(shown)
         if new:
             made = own(list(new.values()), **kwargs)
             values = made.get("pixel_values")
@@ -80,19 +121,23 @@ class Pictures:
             rows |= zip(new, values, strict=True)
         if len({rows[id(image)].shape for image in shown}) > 1:
             return own(images, **kwargs)
-        self._take(shown, rows)
+        self.keep_while_shown(self._ready, shown, rows)
         return BatchFeature({"pixel_values": torch.stack([rows[id(image)] for image in shown])})
 
-    def _take(self, shown: Sequence[Any], rows: dict[int, torch.Tensor]) -> None:
-        """Keep what will be shown again, let go what will not."""
-        for name, times in Counter(map(id, shown)).items():
-            self._waiting[name] -= times
-            if self._waiting[name] <= 0:
-                if name in self._ready:
-                    self._values += self._ready.pop(name).numel()
-            elif name not in self._ready and rows[name].numel() <= self._values:
-                self._ready[name] = rows[name].clone()  # a row would hold the whole batch's memory
-                self._values -= rows[name].numel()
+    def repeated(self, shown: Sequence[object]) -> bool:
+        """Whether a picture of a batch is in it twice, was shown by an earlier one or will be by a later one."""
+        names = set(map(id, shown))
+        return self._one_by_one and (
+            len(names) < len(shown) or any(self._waiting[name] > 0 for name in names) or bool(self.features.of(shown))
+        )
+
+    def keep_while_shown(self, kept: Kept, shown: Iterable[object], made: Mapping[int, torch.Tensor]) -> None:
+        """Keep what was made of pictures of a batch that will be shown again, let go of the others."""
+        for name in set(map(id, shown)):
+            if self._waiting[name] > 0:
+                kept.keep(name, made[name])
+            else:
+                kept.let_go(name)
 
 
 class _Reusing:
