@@ -46,6 +46,8 @@ def cut(text: str, until: Sequence[str]) -> str:
 def batches(requests: Sequence[Request], size: int) -> Iterator[tuple[Settings, list[int]]]:
     """Cut requests into batches of like settings, longest prompts first (padding is small, memory fails early).
 
+    What makes a prompt long are its images first and its words second: an image is one word of the text here.
+
     Requests that are not counted come in batches of their own, so that capture can leave them out.
 
     Yields:
@@ -56,7 +58,7 @@ def batches(requests: Sequence[Request], size: int) -> Iterator[tuple[Settings, 
         settings_text = json.dumps(request.generation_kwargs, sort_keys=True, default=str)
         groups.setdefault((request.counted, settings_text), []).append(index)
     for members in groups.values():
-        members.sort(key=lambda index: (-len(requests[index].text), index))
+        members.sort(key=lambda index: (-requests[index].images_shown, -len(requests[index].text), index))
         settings = settings_of(requests[members[0]].generation_kwargs)
         for start in range(0, len(members), size):
             yield settings, members[start : start + size]

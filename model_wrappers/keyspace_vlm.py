@@ -23,7 +23,7 @@ from lmms_keyspace.errors import InputError
 from lmms_keyspace.intervene.spec import VISUAL_BOOST
 from lmms_keyspace.model_wrappers import arguments as args
 from lmms_keyspace.model_wrappers.assembly import assemble
-from lmms_keyspace.model_wrappers.encoding import encode
+from lmms_keyspace.model_wrappers.encoding_ahead import EncodingAhead
 from lmms_keyspace.model_wrappers.generation import Settings, batches, cut
 from lmms_keyspace.model_wrappers.growing_cache import growing_cache
 from lmms_keyspace.model_wrappers.likelihood import Scored, first_distinguishing, score
@@ -66,6 +66,7 @@ class KeyspaceVLM(lmms):
             tokens = "" if statistics is None else f", from keys of {statistics.tokens}"
             logger.info(f"{self.keyspace_model_name}: intervention {intervention.name}{tokens}")
         self._recorder = Recorder(self.loaded, self.arguments, model_name=self.keyspace_model_name)
+        self._encoding = EncodingAhead(self.loaded.processor)
         self._features = VisualFeatures(self.loaded.model)
         self._expecting = False
 
@@ -139,8 +140,10 @@ class KeyspaceVLM(lmms):
     def _answers(self, requests: list[Request]) -> list[GenerationResult]:
         answers: dict[int, GenerationResult] = {}
         with tqdm(total=len(requests), desc=self.keyspace_model_name, unit="doc", disable=self.rank != 0) as progress:
-            for settings, indices in batches(requests, self.batch_size):
-                answer = functools.partial(self._answer, settings)
+            cut_up = list(batches(requests, self.batch_size))
+            for (settings, indices), (_, following) in zip(cut_up, [*cut_up[1:], (None, [])], strict=True):
+                then = [requests[index] for index in following]
+                answer = functools.partial(self._answer, settings, then=then)
                 texts = self._in_parts([requests[index] for index in indices], answer, progress)
                 answers.update(zip(indices, texts, strict=True))
         return [answers[index] for index in range(len(requests))]
@@ -208,9 +211,13 @@ class KeyspaceVLM(lmms):
                 logger.warning(f"batch_size=auto: no memory for {len(part)} rows, going on with {observed.batch_size}")
         return done
 
-    def _answer(self, settings: Settings, rows: Sequence[Request]) -> list[GenerationResult]:
-        images = [row.images() for row in rows]
-        inputs = encode(self.loaded.processor, [row.text for row in rows], images, rows[0].pictures)
+    def _answer(
+        self, settings: Settings, rows: Sequence[Request], *, then: Sequence[Request]
+    ) -> list[GenerationResult]:
+        """Answer a batch; the batch `then` is encoded meanwhile."""
+        images, inputs = self._encoding.take(rows)
+        if then and (len(then) > 1 or self.device.type != "cpu"):  # one row by one, the threads wait for each other
+            self._encoding.begin(then[: self.batch_size])
         inputs = inputs.to(self.device, self.loaded.model.dtype)
         with torch.inference_mode(), self._recorder.batch(rows, images, inputs):
             given = self._features.inputs(inputs, images, rows[0].pictures)
@@ -242,7 +249,7 @@ class KeyspaceVLM(lmms):
                     harness.hand_over(data, self.arguments.keys_dir, hole=self._recorder.hole)
         if self.loaded.intervention is not None:
             self.loaded.intervention.change.remove()
-        del self._recorder, self._features, self.loaded
+        del self._recorder, self._encoding, self._features, self.loaded
         super().clean()
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +26,7 @@ KEPT_VALUES = 1 << 26
 
 
 class Kept:
-    """What was made of pictures, by the picture, as far as there is room.
+    """What was made of pictures, kept while requests wait that will show them, as far as there is room.
 
     Args:
         values: numbers that there is room for.
@@ -34,42 +34,59 @@ class Kept:
 
     def __init__(self, values: int) -> None:
         self._room = values
+        self._waiting: Counter[int] = Counter()  # id of a picture -> requests that will still show it
         self._made: dict[int, torch.Tensor] = {}
-
-    def __contains__(self, picture: object) -> bool:
-        return id(picture) in self._made
 
     def __len__(self) -> int:
         return len(self._made)
 
-    def of(self, shown: Iterable[object]) -> dict[int, torch.Tensor]:
-        """What is kept, by the picture's id."""
-        return {name: self._made[name] for name in map(id, shown) if name in self._made}
+    def expect(self, picture: object) -> None:
+        """One request more will show a picture, which must live until then."""
+        self._waiting[id(picture)] += 1
 
-    def keep(self, name: int, made: torch.Tensor) -> None:
-        """Keep what was made of a picture, if there is room."""
+    def repeated(self, shown: Iterable[object]) -> bool:
+        """Whether a picture of a batch is in it twice, was shown before or will be shown later."""
+        return any(self._waiting[name] > 1 or name in self._made for name in map(id, shown))
+
+    def of(
+        self, shown: Sequence[object], make: Callable[[list[Any]], Sequence[torch.Tensor] | None]
+    ) -> list[torch.Tensor] | None:
+        """What was made of each picture of a batch, in order.
+
+        Args:
+            make: makes it of the pictures that are not kept, one tensor each; None where it cannot.
+        """
+        new = list({id(picture): picture for picture in shown if id(picture) not in self._made}.values())
+        fresh = make(new) if new else []
+        if fresh is None:
+            return None
+        made = self._made | dict(zip(map(id, new), fresh, strict=True))
+        in_order = [made[id(picture)] for picture in shown]
+        self._waiting.subtract(map(id, shown))
+        for name in set(map(id, shown)):
+            if self._waiting[name] > 0:
+                self._keep(name, made[name])
+            elif name in self._made:
+                self._room += self._made.pop(name).numel()
+        return in_order
+
+    def _keep(self, name: int, made: torch.Tensor) -> None:
         if name not in self._made and made.numel() <= self._room:
             self._made[name] = made.clone()  # a row would hold the whole batch's memory
             self._room -= made.numel()
-
-    def let_go(self, name: int) -> None:
-        """Of a picture that will not be shown again."""
-        if name in self._made:
-            self._room += self._made.pop(name).numel()
 
 
 class Pictures:
     """The pictures of one call's requests. Memory is bounded: of a large benchmark only the first are kept.
 
     Attributes:
-        features: what the model made of them.
+        features: what the model makes of them, see `visual_features`.
     """
 
     def __init__(self, pixels: int = KEPT_PIXELS, values: int = KEPT_VALUES) -> None:
         self._pixels = pixels  # that there is still room for
         self._kept: dict[Hashable, Image.Image] = {}
-        self._waiting: Counter[int] = Counter()  # id of a kept picture -> requests that will still show it
-        self._ready = Kept(values)  # what the image processor made of them
+        self._ready = Kept(values)  # what the image processor makes of them
         self._one_by_one = True  # as far as is known, the image processor makes one row of each picture
         self.features = Kept(values)
 
@@ -85,7 +102,8 @@ class Pictures:
         self._kept |= new
         for part, content in shown:
             part.url = self._kept[content]
-            self._waiting[id(part.url)] += 1
+            self._ready.expect(part.url)
+            self.features.expect(part.url)
         return True
 
     @contextlib.contextmanager
@@ -106,38 +124,20 @@ class Pictures:
         cutting into tiles.
         """
         shown = [image for row in images for image in (row if isinstance(row, list | tuple) else [row])]
-        again = any(self._waiting[id(image)] > 1 or image in self._ready for image in shown)
-        self._waiting.subtract(map(id, shown))
-        if not self._one_by_one or not again:
+        if not self._one_by_one or not self._ready.repeated(shown):
             return own(images, **kwargs)
-        new = {id(image): image for image in shown if image not in self._ready}
-        rows = self._ready.of(shown)
-        if new:
-            made = own(list(new.values()), **kwargs)
+
+        def make(new: list[Any]) -> torch.Tensor | None:
+            made = own(new, **kwargs)
             values = made.get("pixel_values")
-            if set(made) != {"pixel_values"} or not isinstance(values, torch.Tensor) or len(values) != len(new):
-                self._one_by_one = False
-                return own(images, **kwargs)
-            rows |= zip(new, values, strict=True)
-        if len({rows[id(image)].shape for image in shown}) > 1:
+            whole = set(made) == {"pixel_values"} and isinstance(values, torch.Tensor) and len(values) == len(new)
+            return values if whole else None
+
+        rows = self._ready.of(shown, make)
+        self._one_by_one = rows is not None
+        if rows is None or len({row.shape for row in rows}) > 1:
             return own(images, **kwargs)
-        self.keep_while_shown(self._ready, shown, rows)
-        return BatchFeature({"pixel_values": torch.stack([rows[id(image)] for image in shown])})
-
-    def repeated(self, shown: Sequence[object]) -> bool:
-        """Whether a picture of a batch is in it twice, was shown by an earlier one or will be by a later one."""
-        names = set(map(id, shown))
-        return self._one_by_one and (
-            len(names) < len(shown) or any(self._waiting[name] > 0 for name in names) or bool(self.features.of(shown))
-        )
-
-    def keep_while_shown(self, kept: Kept, shown: Iterable[object], made: Mapping[int, torch.Tensor]) -> None:
-        """Keep what was made of pictures of a batch that will be shown again, let go of the others."""
-        for name in set(map(id, shown)):
-            if self._waiting[name] > 0:
-                kept.keep(name, made[name])
-            else:
-                kept.let_go(name)
+        return BatchFeature({"pixel_values": torch.stack(rows)})
 
 
 class _Reusing:

@@ -45,6 +45,7 @@ class Request:
     content: tuple[str, ...]  # the messages' own text parts, in order
     options: tuple[str, ...]  # answers whose log-probability may be asked for
     image_sha: str  # of the picture, where the document names it; else empty
+    images_shown: int
     images_absent: int  # that the document names and does not hold; the prompt goes without them
     generation_kwargs: Mapping[str, Any]
     counted: bool  # False for the harness's padding clones and for repeats of a request
@@ -121,6 +122,7 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pictu
         content=content,
         options=tuple(map(str, options)) if isinstance(options, list) else (),
         image_sha=str(doc.get("image_sha") or "") if declared else "",
+        images_shown=len(first.extract_media()[0]),
         images_absent=absent,
         generation_kwargs=generation_kwargs,
         counted="__padding_only__" not in (instance.metadata or {}),

@@ -42,23 +42,21 @@ class VisualFeatures:
             images: per row of the batch, in order.
             pictures: of the run; keeps the features of those that later batches show.
         """
-        shown = [image for row in images for image in row]
-        if self._needs & set(inputs) != _PIXELS or not pictures.repeated(shown):
+        shown, pixels = [image for row in images for image in row], inputs.get("pixel_values")
+        by_picture = self._needs & set(inputs) == _PIXELS and len(pixels) == len(shown)
+        if not by_picture or not pictures.features.repeated(shown):
             return dict(inputs)
-        kept, pixels = pictures.features, inputs["pixel_values"]
-        if len(pixels) != len(shown):
+        first = {id(image): place for place, image in reversed(list(enumerate(shown)))}
+
+        def make(new: list[Any]) -> Sequence[torch.Tensor] | None:
+            made = self._encode(pixel_values=pixels[[first[id(image)] for image in new]], return_dict=True)
+            self._one_tensor = isinstance(made.pooler_output, torch.Tensor)
+            return made.pooler_output if len(made.pooler_output) == len(new) else None
+
+        features = pictures.features.of(shown, make)
+        if features is None:
+            self._needs = set()
             return dict(inputs)
-        new = {id(image): number for number, image in enumerate(shown) if image not in kept}
-        features = kept.of(shown)
-        if new:
-            made = self._encode(pixel_values=pixels[list(new.values())], return_dict=True).pooler_output
-            if len(made) != len(new):
-                self._needs = set()
-                return dict(inputs)
-            self._one_tensor = isinstance(made, torch.Tensor)
-            features |= zip(new, made, strict=True)
-        pictures.keep_while_shown(kept, shown, features)
-        in_order = [features[id(image)] for image in shown]
-        pooled = torch.stack(in_order) if self._one_tensor else in_order
+        pooled = torch.stack(features) if self._one_tensor else features
         others = {name: value for name, value in inputs.items() if name not in _PIXELS}
         return others | {_FEATURES: {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}

@@ -14,6 +14,7 @@ class FakeRequest:
     text: str
     generation_kwargs: dict = field(default_factory=dict)
     counted: bool = True
+    images_shown: int = 0
 
 
 def test_greedy_is_the_default():
@@ -53,18 +54,23 @@ def test_an_answer_ends_at_the_first_mark():
 
 @given(
     st.lists(
-        st.tuples(st.text(max_size=9), st.sampled_from([{}, {"max_new_tokens": 3}, {"until": ["a"]}]), st.booleans()),
+        st.tuples(
+            st.text(max_size=9),
+            st.sampled_from([{}, {"max_new_tokens": 3}, {"until": ["a"]}]),
+            st.booleans(),
+            st.integers(0, 2),
+        ),
         max_size=40,
     ),
     st.integers(1, 7),
 )
 def test_batches_hold_every_request_once_with_like_settings(drawn, size):
-    requests = [FakeRequest(text, kwargs, counted) for text, kwargs, counted in drawn]
+    requests = [FakeRequest(*row) for row in drawn]
     cut_up = list(batches(requests, size))
     assert sorted(index for _, members in cut_up for index in members) == list(range(len(requests)))
     for settings, members in cut_up:
         assert 1 <= len(members) <= size
         assert all(settings_of(requests[index].generation_kwargs) == settings for index in members)
         assert len({requests[index].counted for index in members}) == 1
-        lengths = [len(requests[index].text) for index in members]
+        lengths = [(requests[index].images_shown, len(requests[index].text)) for index in members]
         assert lengths == sorted(lengths, reverse=True)

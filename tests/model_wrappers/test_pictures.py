@@ -108,7 +108,7 @@ def test_a_picture_is_preprocessed_once_and_let_go_after_its_last_question(monke
         rows = [images(messages) for messages in asked[start : start + 2]]
         encode(processor, ["<image> red ?"] * 2, rows, pictures)
     assert calls == [2, 1]  # 1 and 2; nothing; 3
-    assert not pictures._ready
+    assert not len(pictures._ready)
 
 
 def test_without_room_for_its_values_a_picture_is_preprocessed_again(monkeypatch):
