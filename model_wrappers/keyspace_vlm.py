@@ -214,9 +214,10 @@ class KeyspaceVLM(lmms):
     def _answer(
         self, settings: Settings, rows: Sequence[Request], *, then: Sequence[Request]
     ) -> list[GenerationResult]:
-        """Answer a batch; the batch `then` is encoded meanwhile."""
+        """Answer a batch; where nothing is captured, the batch `then` is encoded meanwhile."""
         images, inputs = self._encoding.take(rows)
-        if then and (len(then) > 1 or self.device.type != "cpu"):  # one row by one, the threads wait for each other
+        # Python runs one thread at a time: capture's many small operations would wait for this one.
+        if then and self._recorder.observed.capture is None:
             self._encoding.begin(then[: self.batch_size])
         inputs = inputs.to(self.device, self.loaded.model.dtype)
         with torch.inference_mode(), self._recorder.batch(rows, images, inputs):
