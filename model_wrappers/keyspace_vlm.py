@@ -216,8 +216,9 @@ class KeyspaceVLM(lmms):
     ) -> list[GenerationResult]:
         """Answer a batch; where nothing is captured, the batch `then` is encoded meanwhile."""
         images, inputs = self._encoding.take(rows)
-        # Python runs one thread at a time: capture's many small operations would wait for this one.
-        if then and self._recorder.observed.capture is None:
+        # Python runs one thread at a time: capture's many small operations would wait for this one, and a batch of one
+        # is encoded sooner than the threads change places.
+        if len(then) > 1 and self._recorder.observed.capture is None:
             self._encoding.begin(then[: self.batch_size])
         inputs = inputs.to(self.device, self.loaded.model.dtype)
         with torch.inference_mode(), self._recorder.batch(rows, images, inputs):
