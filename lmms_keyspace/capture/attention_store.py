@@ -25,7 +25,7 @@ from lmms_keyspace.records import ALL_HEADS, ATTENTION_COLUMNS, SEGMENTS
 
 # Batches wait to be summed up together until their scores have this many entries: on a small model the number of
 # operations is what counts.
-_WAITING_ENTRIES = 1 << 18
+_WAITING_ENTRIES = 1 << 16
 
 
 class AttentionStore:
