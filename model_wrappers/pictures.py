@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +25,10 @@ KEPT_PIXELS = 1 << 26
 KEPT_VALUES = 1 << 26
 
 
+# What was made of one picture: named tensors.
+Made = Mapping[str, torch.Tensor]
+
+
 class Kept:
     """What was made of pictures, kept while requests wait that will show them, as far as there is room.
 
@@ -35,7 +39,7 @@ class Kept:
     def __init__(self, values: int) -> None:
         self._room = values
         self._waiting: Counter[int] = Counter()  # id of a picture -> requests that will still show it
-        self._made: dict[int, torch.Tensor] = {}
+        self._made: dict[int, Made] = {}
 
     def __len__(self) -> int:
         return len(self._made)
@@ -48,13 +52,11 @@ class Kept:
         """Whether a picture of a batch is in it twice, was shown before or will be shown later."""
         return any(self._waiting[name] > 1 or name in self._made for name in map(id, shown))
 
-    def of(
-        self, shown: Sequence[object], make: Callable[[list[Any]], Sequence[torch.Tensor] | None]
-    ) -> list[torch.Tensor] | None:
+    def of(self, shown: Sequence[object], make: Callable[[list[Any]], Sequence[Made] | None]) -> list[Made] | None:
         """What was made of each picture of a batch, in order.
 
         Args:
-            make: makes it of the pictures that are not kept, one tensor each; None where it cannot.
+            make: makes it of the pictures that are not kept, in order; None where it cannot.
         """
         new = list({id(picture): picture for picture in shown if id(picture) not in self._made}.values())
         fresh = make(new) if new else []
@@ -67,13 +69,43 @@ class Kept:
             if self._waiting[name] > 0:
                 self._keep(name, made[name])
             elif name in self._made:
-                self._room += self._made.pop(name).numel()
+                self._room += _numbers(self._made.pop(name))
         return in_order
 
-    def _keep(self, name: int, made: torch.Tensor) -> None:
-        if name not in self._made and made.numel() <= self._room:
-            self._made[name] = made.clone()  # a row would hold the whole batch's memory
-            self._room -= made.numel()
+    def _keep(self, name: int, made: Made) -> None:
+        if name not in self._made and _numbers(made) <= self._room:
+            # A part of the batch's tensor would hold all of its memory.
+            self._made[name] = {part: values.clone() for part, values in made.items()}
+            self._room -= _numbers(made)
+
+
+def _numbers(made: Made) -> int:
+    return sum(values.numel() for values in made.values())
+
+
+def by_picture(visual: Mapping[str, Any], pictures: int) -> list[Made] | None:
+    """An image processor's output for several pictures, apart; None where it is not known which part is of which.
+
+    Known are one entry for each picture and, with `image_grid_thw` `[pictures, 3]`, one for each patch of its grid.
+    """
+    values, grids = visual.get("pixel_values"), visual.get("image_grid_thw")
+    if set(visual) - {"image_grid_thw"} != {"pixel_values"} or not isinstance(values, torch.Tensor):
+        return None
+    sizes = [1] * pictures if grids is None else grids.prod(-1).tolist()
+    if len(sizes) != pictures or sum(sizes) != len(values):
+        return None
+    parts = [{"pixel_values": part} for part in values.split(sizes)]
+    if grids is not None:
+        for part, grid in zip(parts, grids.split(1), strict=True):
+            part["image_grid_thw"] = grid
+    return parts
+
+
+def joined(parts: Sequence[Made]) -> dict[str, torch.Tensor] | None:
+    """What `by_picture` took apart, in any order; None where the pictures do not fit together."""
+    if len({part["pixel_values"].shape[1:] for part in parts}) > 1:
+        return None
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class Pictures:
@@ -87,7 +119,7 @@ class Pictures:
         self._pixels = pixels  # that there is still room for
         self._kept: dict[Hashable, Image.Image] = {}
         self._ready = Kept(values)  # what the image processor makes of them
-        self._one_by_one = True  # as far as is known, the image processor makes one row of each picture
+        self._apart = True  # as far as is known, the image processor's output can be taken apart by picture
         self.features = Kept(values)
 
     def keep(self, messages: ChatMessages) -> bool:
@@ -110,7 +142,7 @@ class Pictures:
     def reused(self, processor: Any) -> Iterator[None]:
         """Inside, the processor takes what its image processor made of a kept picture before."""
         own = processor.image_processor
-        if self._one_by_one:
+        if self._apart:
             processor.image_processor = _Reusing(own, self)
         try:
             yield
@@ -120,24 +152,20 @@ class Pictures:
     def processed(self, own: Any, images: Any, kwargs: dict[str, Any]) -> Any:
         """`own(images, **kwargs)`, the same numbers, without doing it again for a kept picture.
 
-        Only where the image processor's whole output is one row per picture: no padding to the others of the batch, no
-        cutting into tiles.
+        Only where the image processor's whole output can be taken apart by picture: no padding to the others of the
+        batch, no cutting into tiles.
         """
         shown = [image for row in images for image in (row if isinstance(row, list | tuple) else [row])]
-        if not self._one_by_one or not self._ready.repeated(shown):
+        if not self._apart or not self._ready.repeated(shown):
             return own(images, **kwargs)
 
-        def make(new: list[Any]) -> torch.Tensor | None:
-            made = own(new, **kwargs)
-            values = made.get("pixel_values")
-            whole = set(made) == {"pixel_values"} and isinstance(values, torch.Tensor) and len(values) == len(new)
-            return values if whole else None
+        def make(new: list[Any]) -> list[Made] | None:
+            return by_picture(own(new, **kwargs), len(new))
 
-        rows = self._ready.of(shown, make)
-        self._one_by_one = rows is not None
-        if rows is None or len({row.shape for row in rows}) > 1:
-            return own(images, **kwargs)
-        return BatchFeature({"pixel_values": torch.stack(rows)})
+        parts = self._ready.of(shown, make)
+        self._apart = parts is not None
+        together = None if parts is None else joined(parts)
+        return own(images, **kwargs) if together is None else BatchFeature(together)
 
 
 class _Reusing:

@@ -10,17 +10,16 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lmms_keyspace.families import base_model
-from lmms_keyspace.model_wrappers.pictures import Pictures
+from lmms_keyspace.model_wrappers.pictures import Made, Pictures, by_picture, joined
 
 _FEATURES = "mm_encoder_outputs"  # what `generate` of transformers takes in place of pixels
-_PIXELS = {"pixel_values"}
 
 
 class VisualFeatures:
     """Features of a model: what its vision tower and connector make of a picture.
 
-    Used where a model takes features in place of pixels, makes them of the pixels alone, and makes one entry of each
-    picture; where not, the model gets the pixels.
+    Used where a model takes features in place of pixels and makes one tensor of each picture; where not, the model gets
+    the pixels.
 
     Args:
         model: a vision-language model of transformers, or a PeftModel around one.
@@ -42,21 +41,27 @@ class VisualFeatures:
             images: per row of the batch, in order.
             pictures: of the run; keeps the features of those that later batches show.
         """
-        shown, pixels = [image for row in images for image in row], inputs.get("pixel_values")
-        by_picture = self._needs & set(inputs) == _PIXELS and len(pixels) == len(shown)
-        if not by_picture or not pictures.features.repeated(shown):
+        shown = [image for row in images for image in row]
+        apart = by_picture({name: inputs[name] for name in self._needs if name in inputs}, len(shown))
+        if apart is None or not pictures.features.repeated(shown):
             return dict(inputs)
-        first = {id(image): place for place, image in reversed(list(enumerate(shown)))}
+        pixels = dict(zip(map(id, shown), apart, strict=True))
 
-        def make(new: list[Any]) -> Sequence[torch.Tensor] | None:
-            made = self._encode(pixel_values=pixels[[first[id(image)] for image in new]], return_dict=True)
-            self._one_tensor = isinstance(made.pooler_output, torch.Tensor)
-            return made.pooler_output if len(made.pooler_output) == len(new) else None
+        def make(new: list[Any]) -> list[Made] | None:
+            together = joined([pixels[id(image)] for image in new])
+            made = self._encode(**together, return_dict=True) if together else {}
+            features = made.get("pooler_output")
+            # Qwen3-VL hands features of several layers to its decoder.
+            if features is None or len(features) != len(new) or made.get("deepstack_features") is not None:
+                return None
+            self._one_tensor = isinstance(features, torch.Tensor)
+            return [{"features": one} for one in features]
 
-        features = pictures.features.of(shown, make)
-        if features is None:
+        made = pictures.features.of(shown, make)
+        if made is None:
             self._needs = set()
             return dict(inputs)
-        pooled = torch.stack(features) if self._one_tensor else features
-        others = {name: value for name, value in inputs.items() if name not in _PIXELS}
+        in_order = [one["features"] for one in made]
+        pooled = torch.stack(in_order) if self._one_tensor else in_order
+        others = {name: value for name, value in inputs.items() if name != "pixel_values"}
         return others | {_FEATURES: {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}

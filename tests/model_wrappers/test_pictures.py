@@ -10,7 +10,7 @@ from models import family_processor, placeholder
 from PIL import Image
 
 from lmms_keyspace.model_wrappers.encoding import encode
-from lmms_keyspace.model_wrappers.pictures import Pictures
+from lmms_keyspace.model_wrappers.pictures import Pictures, by_picture, joined
 
 # One for every kind of image processor: resized, padded, cut into tiles or into patches.
 FAMILIES = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "gemma3", "mistral3"]
@@ -96,8 +96,9 @@ def test_the_inputs_are_those_of_the_processor_alone(family):
             torch.testing.assert_close(found[name], values, rtol=0, atol=0)
 
 
-def test_a_picture_is_preprocessed_once_and_let_go_after_its_last_question(monkeypatch):
-    processor = family_processor("llava")
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_picture_is_preprocessed_once_and_let_go_after_its_last_question(monkeypatch, family):
+    processor = family_processor(family)
     processor.tokenizer.padding_side = "left"
     calls = counted(processor, monkeypatch)
     pictures = Pictures()
@@ -106,9 +107,33 @@ def test_a_picture_is_preprocessed_once_and_let_go_after_its_last_question(monke
         pictures.keep(messages)
     for start in range(0, 6, 2):
         rows = [images(messages) for messages in asked[start : start + 2]]
-        encode(processor, ["<image> red ?"] * 2, rows, pictures)
+        encode(processor, [f"{placeholder(family)} red ?"] * 2, rows, pictures)
     assert calls == [2, 1]  # 1 and 2; nothing; 3
     assert not len(pictures._ready)
+
+
+@pytest.mark.parametrize(
+    ("made", "pictures"),
+    [
+        ({"pixel_values": torch.zeros(5, 3)}, 4),  # tiles
+        ({"pixel_values": torch.zeros(4, 3), "image_sizes": torch.ones(4, 2)}, 4),
+        ({"pixel_values": [torch.zeros(3)] * 4}, 4),
+        ({"pixel_values": torch.zeros(8, 3), "image_grid_thw": torch.ones(4, 3, dtype=torch.long)}, 4),
+        ({"image_grid_thw": torch.ones(4, 3, dtype=torch.long)}, 4),
+        ({}, 4),
+    ],
+)
+def test_what_cannot_be_told_apart_by_picture_is_not(made, pictures):
+    assert by_picture(made, pictures) is None
+
+
+def test_taken_apart_and_joined_again_in_another_order():
+    grids = torch.tensor([[1, 1, 2], [1, 2, 2], [1, 1, 1]])
+    made = {"pixel_values": torch.arange(7.0)[:, None], "image_grid_thw": grids}
+    parts = by_picture(made, 3)
+    together = joined([parts[2], parts[0], parts[2]])
+    assert together["pixel_values"].flatten().tolist() == [6, 0, 1, 6]
+    assert torch.equal(together["image_grid_thw"], grids[[2, 0, 2]])
 
 
 def test_without_room_for_its_values_a_picture_is_preprocessed_again(monkeypatch):

@@ -49,7 +49,7 @@ def passes(model, monkeypatch) -> list[int]:
 
     @functools.wraps(encode_images)
     def counting(*args, **kwargs):
-        seen.append(len(kwargs["pixel_values"]))
+        seen.append(len(kwargs.get("image_grid_thw", kwargs["pixel_values"])))
         return encode_images(*args, **kwargs)
 
     monkeypatch.setattr(model.base_model, "get_image_features", counting)
@@ -73,14 +73,15 @@ def test_answers_are_those_of_the_pixels(family, settings):
         assert torch.equal(found, expected)
 
 
-def test_a_picture_passes_once_and_its_features_are_let_go_after_its_last_question(monkeypatch):
-    if not takes_features("llava"):
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+def test_a_picture_passes_once_and_its_features_are_let_go_after_its_last_question(monkeypatch, family):
+    if not takes_features(family):
         pytest.skip("this transformers does not take features in place of pixels")
-    model, pictures = family_model("llava"), Pictures()
+    model, pictures = family_model(family), Pictures()
     seen = passes(model, monkeypatch)
     features = VisualFeatures(model)
     held = []
-    for inputs, images in asked("llava", pictures):
+    for inputs, images in asked(family, pictures):
         given = features.inputs(inputs, images, pictures)
         held.append(len(pictures.features))
         assert "pixel_values" not in given
@@ -90,14 +91,23 @@ def test_a_picture_passes_once_and_its_features_are_let_go_after_its_last_questi
     assert held == [2, 1, 0]
 
 
-def test_features_are_those_of_the_picture_in_any_order(monkeypatch):
+def test_features_of_several_layers_are_not_taken_apart():
+    """Qwen3-VL's decoder gets them beside those that stand for the image."""
+    if not takes_features("qwen3_vl"):
+        pytest.skip("this transformers does not take features in place of pixels")
+    features, pictures = VisualFeatures(family_model("qwen3_vl")), Pictures()
+    for inputs, images in asked("qwen3_vl", pictures):
+        assert features.inputs(inputs, images, pictures).keys() == inputs.keys()
+
+
+def test_features_are_those_of_the_picture_in_any_order():
     if not takes_features("llava"):
         pytest.skip("this transformers does not take features in place of pixels")
     model, pictures = family_model("llava"), Pictures()
     features = VisualFeatures(model)
     alone = {}
     for inputs, images in asked("llava", Pictures(), [(1,), (2,), (3,)]):
-        own = model.model.get_image_features(**{"pixel_values": inputs["pixel_values"]}, return_dict=True)
+        own = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
         alone[images[0][0].tobytes()] = own.pooler_output[0]
     for inputs, images in asked("llava", pictures):
         made = features.inputs(inputs, images, pictures)["mm_encoder_outputs"]["image"].pooler_output
