@@ -222,7 +222,9 @@ class KeyspaceVLM(lmms):
             self._encoding.begin(then[: self.batch_size])
         inputs = inputs.to(self.device, self.loaded.model.dtype)
         with torch.inference_mode(), self._recorder.batch(rows, images, inputs):
-            given = self._features.inputs(inputs, images, rows[0].pictures)
+            given = dict(inputs)
+            if self._beams(settings) == 1:  # transformers 5.20 gives beams of one row the features of another
+                given = self._features.inputs(inputs, images, rows[0].pictures)
             given |= growing_cache(self.loaded.model)
             output = self.loaded.model.generate(**given, **settings.arguments, pad_token_id=self._pad_token_id())
         new = output[:, inputs["input_ids"].shape[1] :]
@@ -233,6 +235,10 @@ class KeyspaceVLM(lmms):
             GenerationResult(cut(text, settings.until), TokenCounts(input_tokens=n_in, output_tokens=n_out))
             for text, n_in, n_out in zip(texts, input_lengths, output_lengths, strict=True)
         ]
+
+    def _beams(self, settings: Settings) -> int:
+        beams = settings.arguments.get("num_beams", self.loaded.model.generation_config.num_beams)
+        return int(beams or 1)
 
     def _pad_token_id(self) -> int:
         tokenizer = self.loaded.processor.tokenizer

@@ -34,7 +34,8 @@ class VisualFeatures:
         self._one_tensor = False  # the features of several pictures are `[n, tokens, width]`, not a list
 
     def inputs(self, inputs: Mapping[str, Any], images: Sequence[Sequence[Any]], pictures: Pictures) -> dict[str, Any]:
-        """What `generate` takes: `inputs`, with features in place of pixels where a picture of them is shown again.
+        """What `generate` without beams takes: `inputs`, with features in place of pixels where a picture of them is
+        shown again.
 
         Args:
             inputs: the processor's output for a batch.

@@ -12,6 +12,7 @@ from transformers import GenerationMixin
 
 from lmms_keyspace import embedded, harness
 from lmms_keyspace.errors import InputError
+from lmms_keyspace.model_wrappers.growing_cache import GrowingLayer
 from lmms_keyspace.records import ALL_HEADS, SCHEMA_VERSION
 
 LIMIT = 48
@@ -186,6 +187,22 @@ def test_half_precision_runs(tmp_path):
     measured = data.divergence[data.divergence["note"] == ""]
     assert np.isfinite(measured["value"]).all()
     assert {"mmd2", "js_classifier", "linear_cka"} <= set(measured["estimator"])
+
+
+@pytest.mark.parametrize(("gen_kwargs", "by_pixels"), [(None, False), ("num_beams=2", True)], ids=["greedy", "beams"])
+def test_pictures_that_are_shown_again_reach_the_model_as_features(monkeypatch, gen_kwargs, by_pixels):
+    """Not with beams; and with the cache that has room behind its tokens."""
+    generate, passed = GenerationMixin.generate, []
+
+    def watched(*args, **kwargs):
+        passed.append(kwargs)
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", watched)
+    evaluate("keyspace_llava", limit=6, batch_size=6, model_args="capture=off", gen_kwargs=gen_kwargs)
+    assert ["pixel_values" in kwargs for kwargs in passed] == [by_pixels] * len(passed)
+    assert [len(kwargs["input_ids"]) for kwargs in passed] == [6]
+    assert all(isinstance(layer, GrowingLayer) for layer in passed[0]["past_key_values"].layers)
 
 
 @pytest.mark.parametrize("model", ["keyspace_llava", "malora_llava"])
