@@ -160,6 +160,17 @@ TRANSFORMERS = [
     Contract("transformers.trainer.TRAINER_STATE_NAME", (), "a checkpoint that was cut short is taken for whole"),
     Contract("transformers.utils.is_bitsandbytes_available", (), "a missing bitsandbytes is found after the download"),
     Contract("transformers.utils.is_flash_attn_2_available", (), "a missing flash-attn is found after the download"),
+    Contract("transformers.DynamicCache", ("config",), "the cache has no room behind its tokens"),
+    Contract(
+        "transformers.cache_utils.DynamicLayer.update",
+        ("key_states", "value_states"),
+        "the cache has no room behind its tokens",
+    ),
+    Contract(
+        "transformers.modeling_outputs.BaseModelOutputWithPooling",
+        ("pooler_output",),
+        "a picture passes through the vision tower for every question about it",
+    ),
     Contract(
         "transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil",
         (),
