@@ -54,7 +54,7 @@ class LastQueries:
         self.rows = rows
         self._columns = max(row.input_ids.size for row in rows)
         self._waiting: list[_Scores] = []
-        self._biases: dict[tuple[int, int, int, int | None], tuple[torch.Tensor | None, torch.Tensor]] = {}
+        self._biases: dict[tuple[object, ...], tuple[torch.Tensor | None, torch.Tensor]] = {}
         self._measured: list[tuple[tuple[int, ...], torch.Tensor]] = []
 
     @property
@@ -90,8 +90,10 @@ class LastQueries:
     def _bias(
         self, mask: torch.Tensor | None, row: int, n: int, sliding_window: int | None, device: torch.device
     ) -> torch.Tensor:
-        """`[1, B or 1, H or 1, P]`. Layers share masks; the mask is kept so that its id stays its own."""
-        name = (id(mask), row, n, sliding_window)
+        """`[1, B or 1, H or 1, P]`. Layers share a mask, each through a view of its own; a mask is kept so that its
+        memory stays its own."""
+        where = None if mask is None else (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype)
+        name = (where, row, n, sliding_window, device)
         if name not in self._biases:
             bias = last_query_bias(mask, row=row, n=n, sliding_window=sliding_window, device=device)
             bias = torch.zeros(1, 1, n, device=device) if bias is None else bias

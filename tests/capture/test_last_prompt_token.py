@@ -154,6 +154,20 @@ def test_layers_summed_up_one_by_one_or_together_give_the_same(llava, rows, monk
     pd.testing.assert_frame_equal(alone.attention_table(), together.attention_table(), rtol=1e-5, atol=1e-6)
 
 
+def test_the_mask_that_layers_share_is_read_once_a_batch(llava, rows, monkeypatch):
+    read, given = last_query.last_query_bias, []
+
+    def watched(mask, **kwargs):
+        given.append(mask)
+        return read(mask, **kwargs)
+
+    monkeypatch.setattr(last_query, "last_query_bias", watched)
+    run(llava, rows, batch_size=5)
+    assert len(LAYERS) > 1
+    assert len(given) == -(-len(rows) // 5)
+    assert any(mask is not None for mask in given)
+
+
 def test_segments_are_counted_in_prompts_that_lack_the_last_one():
     row = make_rows(make_prompts(1))[0]
     at = np.flatnonzero(row.labels.segment != SEGMENTS[-1])[:2]
