@@ -10,7 +10,8 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lmms_keyspace.families import base_model
-from lmms_keyspace.model_wrappers.pictures import Made, Pictures, by_picture, joined
+from lmms_keyspace.model_wrappers.kept import Made, by_picture, joined
+from lmms_keyspace.model_wrappers.pictures import Pictures
 
 _FEATURES = "mm_encoder_outputs"  # what `generate` of transformers takes in place of pixels
 

@@ -10,7 +10,8 @@ from models import family_processor, placeholder
 from PIL import Image
 
 from lmms_keyspace.model_wrappers.encoding import encode
-from lmms_keyspace.model_wrappers.pictures import Pictures, by_picture, joined
+from lmms_keyspace.model_wrappers.kept import by_picture, joined
+from lmms_keyspace.model_wrappers.pictures import Pictures
 
 # One for every kind of image processor: resized, padded, cut into tiles or into patches.
 FAMILIES = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "gemma3", "mistral3"]
