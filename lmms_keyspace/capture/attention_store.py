@@ -24,7 +24,7 @@ from lmms_keyspace.families import KeySite
 from lmms_keyspace.records import ALL_HEADS, ATTENTION_COLUMNS, SEGMENTS
 
 # Batches wait to be summed up together until their scores have this many entries: on a small model the number of
-# operations is what counts, until their working memory is too large to be found in the cache again.
+# operations is what counts, as long as their working memory is small enough to be used again.
 _WAITING_ENTRIES = 1 << 16
 
 
