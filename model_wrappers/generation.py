@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmms_keyspace.model_wrappers.prompts import Request
+from lmms_keyspace.model_wrappers.prompts import ContinuationRequest, Request
 
 # lmms-eval's stock wrappers generate at most this many tokens where a task says nothing.
 DEFAULT_NEW_TOKENS = 1024
@@ -43,10 +43,18 @@ def cut(text: str, until: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def batches(requests: Sequence[Request], size: int) -> Iterator[tuple[Settings, list[int]]]:
-    """Cut requests into batches of like settings, longest prompts first (padding is small, memory fails early).
+def longest_first(requests: Sequence[Request | ContinuationRequest]) -> list[int]:
+    """The requests' indices, longest prompts first: padding is small, memory fails early.
 
     What makes a prompt long are its images first and its words second: an image is one word of the text here.
+    """
+    return sorted(
+        range(len(requests)), key=lambda index: (-requests[index].images_shown, -len(requests[index].text), index)
+    )
+
+
+def batches(requests: Sequence[Request], size: int) -> Iterator[tuple[Settings, list[int]]]:
+    """Cut requests into batches of like settings, among requests of like settings `longest_first`.
 
     Requests that are not counted come in batches of their own, so that capture can leave them out.
 
@@ -57,8 +65,8 @@ def batches(requests: Sequence[Request], size: int) -> Iterator[tuple[Settings, 
     for index, request in enumerate(requests):
         settings_text = json.dumps(request.generation_kwargs, sort_keys=True, default=str)
         groups.setdefault((request.counted, settings_text), []).append(index)
-    for members in groups.values():
-        members.sort(key=lambda index: (-requests[index].images_shown, -len(requests[index].text), index))
+    for group in groups.values():
+        members = [group[place] for place in longest_first([requests[index] for index in group])]
         settings = settings_of(requests[members[0]].generation_kwargs)
         for start in range(0, len(members), size):
             yield settings, members[start : start + size]

@@ -24,7 +24,7 @@ from lmms_keyspace.intervene.spec import VISUAL_BOOST
 from lmms_keyspace.model_wrappers import arguments as args
 from lmms_keyspace.model_wrappers.assembly import assemble
 from lmms_keyspace.model_wrappers.encoding_ahead import EncodingAhead
-from lmms_keyspace.model_wrappers.generation import Settings, batches, cut
+from lmms_keyspace.model_wrappers.generation import Settings, batches, cut, longest_first
 from lmms_keyspace.model_wrappers.growing_cache import growing_cache
 from lmms_keyspace.model_wrappers.likelihood import Scored, first_distinguishing, score
 from lmms_keyspace.model_wrappers.loading import Loaded, load
@@ -175,7 +175,7 @@ class KeyspaceVLM(lmms):
                 self._recorder.observed.options.append(dict(zip(OPTION_COLUMNS, row, strict=True)))
 
     def _score(self, requests: list[ContinuationRequest]) -> list[Scored]:
-        order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].text), index))
+        order = longest_first(requests)
 
         def work(part: Sequence[ContinuationRequest]) -> list[Scored]:
             images = [request.images() for request in part]

@@ -22,6 +22,7 @@ class ContinuationRequest:
     task: str
     doc_id: int
     text: str  # the chat template's output, one placeholder per image
+    images_shown: int
     continuation: str
     messages: Callable[[], ChatMessages]
 
@@ -58,7 +59,8 @@ class Request:
     def ask_options(self) -> list[ContinuationRequest]:
         """How probable each option is as the answer."""
         return [
-            ContinuationRequest(self.task, self.doc_id, self.text, option, self.messages) for option in self.options
+            ContinuationRequest(self.task, self.doc_id, self.text, self.images_shown, option, self.messages)
+            for option in self.options
         ]
 
 
@@ -98,7 +100,7 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pictu
     def messages() -> ChatMessages:
         return kept or messages_of(dataset[doc_id], dataset, doc_to_messages)[0]
 
-    text, content = _prompt_text(first, processor, task, doc_id)
+    text, content, images_shown = _prompt_text(first, processor, task, doc_id)
 
     def field(name: str, where: str) -> str:
         if name not in doc:
@@ -122,7 +124,7 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pictu
         content=content,
         options=tuple(map(str, options)) if isinstance(options, list) else (),
         image_sha=str(doc.get("image_sha") or "") if declared else "",
-        images_shown=len(first.extract_media()[0]),
+        images_shown=images_shown,
         images_absent=absent,
         generation_kwargs=generation_kwargs,
         counted="__padding_only__" not in (instance.metadata or {}),
@@ -161,13 +163,13 @@ def _read_continuation(instance: Instance, datasets: Mapping[str, Any], processo
         content = [*({"type": "image", "url": image} for image in shown or ()), {"type": "text", "text": context}]
         return ChatMessages(messages=[{"role": "user", "content": content}])
 
-    text, _ = _prompt_text(messages(), processor, task, doc_id)
+    text, _, images_shown = _prompt_text(messages(), processor, task, doc_id)
     continuation = target(document()) if callable(target) else target
-    return ContinuationRequest(task, doc_id, text, str(continuation), messages)
+    return ContinuationRequest(task, doc_id, text, images_shown, str(continuation), messages)
 
 
-def _prompt_text(messages: ChatMessages, processor: Any, task: str, doc_id: int) -> tuple[str, tuple[str, ...]]:
-    """The prompt as the processor takes it, and the messages' own text parts, in order."""
+def _prompt_text(messages: ChatMessages, processor: Any, task: str, doc_id: int) -> tuple[str, tuple[str, ...], int]:
+    """The prompt as the processor takes it, the messages' own text parts, in order, and how many images they show."""
     images, videos, audios = messages.extract_media()
     if videos or audios:
         raise InputError("tasks", task, f"document {doc_id} holds video or audio; these wrappers take images and text")
@@ -175,9 +177,9 @@ def _prompt_text(messages: ChatMessages, processor: Any, task: str, doc_id: int)
     if hasattr(processor, "qformer_tokenizer"):  # InstructBLIP has no chat template and puts the image in front
         if len(images) != 1:
             raise InputError("tasks", task, f"document {doc_id} shows {len(images)} images; this model takes one")
-        return "\n".join(content), content
+        return "\n".join(content), content, len(images)
     if not processor.chat_template:
         name = type(processor).__name__
         raise InputError("pretrained", name, "its processor has no chat template; use a checkpoint that has one")
     text = processor.apply_chat_template(messages.to_hf_messages(), add_generation_prompt=True, tokenize=False)
-    return text, content
+    return text, content, len(images)

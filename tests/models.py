@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from adapter_models import BOS, EOS, IMAGE, PAD, VOCABULARY, tiny_llava
+from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -304,6 +305,12 @@ def family_model(family: str, attn_implementation: str = "sdpa") -> PreTrainedMo
         if parameter.dim() > 1 and parameter.min() == parameter.max():
             torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+def picture(number: int) -> Image.Image:
+    """Of 12 x 8 or 8 x 16 pixels (width x height), as the families' processors take them."""
+    width, height = ((12, 8), (8, 16))[number % 2]
+    return Image.fromarray(np.random.default_rng(number).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 def family_processor(family: str) -> ProcessorMixin:

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from models import IMAGE, family_model, family_processor, placeholder
+from models import IMAGE, family_model, family_processor, picture, placeholder
 from PIL import Image
 
 from lmms_keyspace.capture import Capture, Row
@@ -40,11 +40,6 @@ IMAGE_TOKENS = {
     "instructblip": (4, 4),
 }
 NAMES = [*FAMILIES, "llava_phi3"]
-
-
-def picture(number: int) -> Image.Image:
-    width, height = ((12, 8), (8, 16))[number % 2]
-    return Image.fromarray(np.random.default_rng(number).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 def documents(family: str) -> tuple[list[Prompt], list[list[Image.Image]]]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 import pytest
 import torch
 from lmms_eval.protocol import ChatMessages
-from models import family_model, family_processor, placeholder
-from PIL import Image
+from models import family_model, family_processor, picture, placeholder
 
 from lmms_keyspace.families import FAMILIES
 from lmms_keyspace.model_wrappers.encoding import encode
@@ -20,11 +18,6 @@ QUESTIONS = ("What color is it ?", "What is it ?", "What color is the red circle
 # Pictures of the questions, batch by batch; None: a question without one.
 BATCHES = ((1, 2, 1), (2, None, 3), (1,))
 SETTINGS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-
-
-def picture(number: int) -> Image.Image:
-    width, height = ((12, 8), (8, 16))[number % 2]
-    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def asked(family: str, pictures: Pictures, batches=BATCHES):
