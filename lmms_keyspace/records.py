@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -163,6 +163,8 @@ class KernelSums:
     Shapes: vv, tt, vt `[..., D, D]` (leading dims are usually KV heads); n_visual, n_text `[D]`; clusters has D names.
     """
 
+    ARRAYS: ClassVar = ("vv", "tt", "vt")
+
     vv: np.ndarray
     tt: np.ndarray
     vt: np.ndarray
@@ -175,12 +177,17 @@ class KernelSums:
 class HeldOutLoss:
     """Held-out log-losses (nats) of the classifier that tells visual from text keys, summed by cluster.
 
-    Shapes: loss_visual, loss_text `[..., D]` (leading dims are usually KV heads); n_visual, n_text `[D]` tokens;
-    clusters has D names.
+    `fit_influence` is by how much the bound would change (nats, first order), were the cluster not in the fits.
+
+    Shapes: loss_visual, loss_text, fit_influence `[..., D]` (leading dims are usually KV heads); n_visual, n_text `[D]`
+    tokens; clusters has D names.
     """
+
+    ARRAYS: ClassVar = ("loss_visual", "loss_text", "fit_influence")
 
     loss_visual: np.ndarray
     loss_text: np.ndarray
+    fit_influence: np.ndarray
     n_visual: np.ndarray
     n_text: np.ndarray
     clusters: tuple[str, ...]

@@ -46,8 +46,7 @@ def run_gate(
     if junit is not None:
         files[_file("--junit", junit)] = encoded(as_junit)
     if summary is not None:
-        earlier = summary.read_bytes() if _file("--summary", summary).exists() else b""
-        files[summary] = earlier + encoded(as_markdown)
+        files[summary] = _content("--summary", _file("--summary", summary)) + encoded(as_markdown)
     for path, content in files.items():
         write(path, content)
     if json:
@@ -65,6 +64,16 @@ def freeze_run(run: Path, out: Path | None, *, judging: Path | None) -> Path:
         raise InputError("--out", str(out), "name the baseline file, *.parquet")
     write_baseline(load_items(run), out)
     return out
+
+
+def _content(option: str, path: Path) -> bytes:
+    """What a file holds that is written anew with more at its end."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise InputError(option, str(path), f"name a file that can be read ({error.strerror})") from error
 
 
 def _file(option: str, path: Path) -> Path:

@@ -197,7 +197,7 @@ def _losses(run: FakeRun, layer: int, clusters: list[str]) -> HeldOutLoss:
     counts = np.full(len(clusters), 6)
     noise = np.random.default_rng([layer, 1]).standard_normal((2, HEADS, len(clusters))) * 0.01
     visual, text = (LN2 - _js(run) + noise - noise.mean(axis=-1, keepdims=True)) * counts
-    return HeldOutLoss(visual, text, counts, counts, tuple(clusters))
+    return HeldOutLoss(visual, text, np.zeros_like(visual), counts, counts, tuple(clusters))
 
 
 def _divergence_rows(run: FakeRun, layer: int) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ def run_data(*, complete: bool = True, options: bool = True) -> RunData:
     }
     losses = {
         replace(key, contrast="text-text:other/task"): HeldOutLoss(
-            rng.random((2, 3)), rng.random((2, 3)), np.array([4, 4, 4]), np.array([3, 2, 1]), ("a", "b/c", "é")
+            *rng.random((3, 2, 3)), np.array([4, 4, 4]), np.array([3, 2, 1]), ("a", "b/c", "é")
         )
         for key in sums
     }

@@ -88,10 +88,10 @@ def _stacked(by_layer: Mapping[int, Any], layers: Sequence[int], members: slice)
     first = by_layer[layers[0]]
     if any(by_layer[layer].clusters != first.clusters for layer in layers):
         raise InputError("clusters", "other clusters in other layers", "measure the run again")
-    names = ("vv", "tt", "vt") if isinstance(first, KernelSums) else ("loss_visual", "loss_text")
     try:
         arrays = {
-            name: np.stack([with_mean(getattr(by_layer[layer], name))[members] for layer in layers]) for name in names
+            name: np.stack([with_mean(getattr(by_layer[layer], name))[members] for layer in layers])
+            for name in first.ARRAYS
         }
     except ValueError as error:
         raise InputError("layers", list(layers), "they have unlike numbers of KV heads") from error

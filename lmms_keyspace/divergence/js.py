@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lmms_keyspace.divergence.arrays import Cloud, Floats, Groups, as_clouds, center, group_codes
+from lmms_keyspace.divergence.logistic import LogisticFit, balance, fit
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import HeldOutLoss
 from lmms_keyspace.stats import hash_ranks, js_bootstrap
@@ -61,7 +62,7 @@ class JSClassifier:
     n_resamples: int = 1000
     tolerance: float = 1e-4
     max_iterations: int = 50
-    version: str = "2"
+    version: str = "3"
 
     def __call__(self, x: Cloud, y: Cloud, *, groups_x: Groups, groups_y: Groups, seed: int = 0) -> JSEstimate:
         """The bound for each leading index.
@@ -96,18 +97,15 @@ class JSClassifier:
         features = torch.cat([x, y], dim=-2).reshape(-1, x.shape[-2] + y.shape[-2], x.shape[-1])
         is_x = torch.arange(features.shape[1], device=x.device) < x.shape[-2]
         fold_of = torch.from_numpy(fold[np.concatenate([codes_x, codes_y])]).to(x.device)
-        logit = features.new_zeros(features.shape[:2])
-        weight, bias = features.new_zeros(len(features), features.shape[-1]), features.new_zeros(len(features), 1)
-        for k in range(int(fold.max()) + 1):
-            held = fold_of == k
-            # The folds share most of their images, so the last one's classifier is a start a few steps away.
-            weight, bias = self._fit(features[:, ~held], is_x[~held], weight, bias)
-            logit[:, held] = (features[:, held] @ weight.unsqueeze(-1)).squeeze(-1) + bias
-        loss = self._shrunk_loss(torch.where(is_x, -logit, logit), is_x, fold_of)
-        codes = torch.from_numpy(np.concatenate([codes_x, codes_y + d])).to(x.device)
-        sums = loss.new_zeros(len(loss), 2 * d, dtype=torch.float64).index_add_(1, codes, loss.double())
-        by_group = sums.cpu().numpy().reshape(*lead, 2 * d)
-        return HeldOutLoss(by_group[..., :d], by_group[..., d:], n_x, n_y, names)
+        loss, rise = self._cross_fitted(features, is_x, fold_of)
+        codes = torch.from_numpy(np.concatenate([codes_x, codes_y])).to(x.device)
+
+        def by_group(values: Tensor, codes: Tensor, n: int) -> Floats:
+            sums = values.new_zeros(len(values), n, dtype=torch.float64).index_add_(1, codes, values.double())
+            return sums.cpu().numpy().reshape(*lead, n)
+
+        losses = by_group(loss, torch.where(is_x, codes, codes + d), 2 * d)
+        return HeldOutLoss(losses[..., :d], losses[..., d:], -by_group(rise, codes, d), n_x, n_y, names)
 
     def estimate(self, loss: HeldOutLoss, *, seed: int = 0) -> JSEstimate:
         """The bound with its cluster bootstrap, see `stats.js_bootstrap`."""
@@ -126,65 +124,44 @@ class JSClassifier:
         fold[order] = np.arange(len(names)) % k
         return fold
 
-    def _shrunk_loss(self, margin: Tensor, is_x: Tensor, fold_of: Tensor) -> Tensor:
-        """Log-loss [B, n] of held-out margins (minus the logit of the right side), shrunk by other folds' choice."""
-        factors = margin.new_tensor(self.shrinkage)
-        by_factor = torch.nn.functional.softplus(factors[:, None, None] * margin)
-        loss = torch.empty_like(margin)
+    def _cross_fitted(self, features: Tensor, is_x: Tensor, fold_of: Tensor) -> tuple[Tensor, Tensor]:
+        """Held-out log-loss [B, n] of every token, and [B, n] what the balanced mean loss would rise by, to first
+        order, were the token not in the fits."""
+        logit = features.new_zeros(features.shape[:2])
+        weight, bias = features.new_zeros(len(features), features.shape[-1]), features.new_zeros(len(features), 1)
+        fits = []
         for k in range(int(fold_of.max()) + 1):
             held = fold_of == k
-            best = (by_factor[..., ~held] @ _balance(is_x[~held], margin.dtype)).argmin(dim=0)
-            loss[:, held] = by_factor[best, torch.arange(len(margin), device=margin.device)][:, held]
-        return loss
+            # The folds share most of their images, so the last one's classifier is a start a few steps away.
+            fitted = self._fit(features[:, ~held], is_x[~held], weight, bias)
+            weight, bias = fitted.weight, fitted.bias
+            logit[:, held] = fitted.logit(features[:, held])
+            fits.append(fitted)
+        margin = torch.where(is_x, -logit, logit)
+        factor = self._shrinkage(margin, is_x, fold_of)
+        loss = torch.nn.functional.softplus(factor * margin)
+        slope = balance(is_x, logit.dtype) * factor * (torch.sigmoid(factor * logit) - is_x.to(logit.dtype))
+        rise = torch.zeros_like(loss)
+        for k, fitted in enumerate(fits):
+            held = fold_of == k
+            rise[:, ~held] += fitted.influence(features[:, ~held], is_x[~held], features[:, held], slope[:, held])
+        return loss, rise
 
-    def _fit(self, features: Tensor, is_x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Newton's method with step halving on [B, n, d], from weights [B, d] and biases [B, 1] for raw features to
-        those that fit."""
-        balance = _balance(is_x, features.dtype)
-        mean = features.mean(dim=1, keepdim=True)
-        deviation = features.std(dim=1, keepdim=True, correction=0)
-        # A feature that is constant but for rounding must not have its rounding blown up.
-        scale = torch.where(deviation > 1e-9 * deviation.amax(dim=-1, keepdim=True), deviation, 1.0)
-        z = torch.cat([(features - mean) / scale, torch.ones_like(features[..., :1])], dim=-1)
-        penalty = torch.full_like(z[0, 0], self.l2)
-        penalty[-1] = 0
-        target = is_x.to(z.dtype)
-        shift = (weight * mean.squeeze(1)).sum(dim=-1, keepdim=True)
-        w = torch.cat([weight * scale.squeeze(1), bias + shift], dim=-1)
+    def _shrinkage(self, margin: Tensor, is_x: Tensor, fold_of: Tensor) -> Tensor:
+        """Factor [B, n] of the logits, from the other folds' held-out margins (minus the logit of the right side)."""
+        factors = margin.new_tensor(self.shrinkage)
+        by_factor = torch.nn.functional.softplus(factors[:, None, None] * margin)
+        chosen = torch.empty_like(margin)
+        for k in range(int(fold_of.max()) + 1):
+            held = fold_of == k
+            best = (by_factor[..., ~held] @ balance(is_x[~held], margin.dtype)).argmin(dim=0)
+            chosen[:, held] = factors[best].unsqueeze(-1)
+        return chosen
 
-        def objective(w: Tensor) -> Tensor:
-            logit = (z @ w.unsqueeze(-1)).squeeze(-1)
-            loss = torch.nn.functional.softplus(torch.where(is_x, -logit, logit))
-            return loss @ balance + (penalty * w * w).sum(dim=-1) / 2
-
-        current = objective(w)
-        for _ in range(self.max_iterations):
-            p = torch.sigmoid((z @ w.unsqueeze(-1)).squeeze(-1))
-            gradient = ((balance * (p - target)).unsqueeze(1) @ z).squeeze(1) + penalty * w
-            if float(gradient.abs().max()) <= self.tolerance:
-                weight = w[:, :-1] / scale.squeeze(1)
-                return weight, w[:, -1:] - (weight * mean.squeeze(1)).sum(dim=-1, keepdim=True)
-            curvature = (balance * p * (1 - p)).unsqueeze(-1)
-            # The ridge on the intercept's row keeps the system solvable when every p is at 0 or 1.
-            hessian = z.mT @ (curvature * z) + torch.diag(penalty + 1e-7)
-            step = torch.linalg.solve(hessian, gradient.unsqueeze(-1)).squeeze(-1)
-            length = torch.ones_like(current)
-            for _ in range(20):
-                trial = objective(w - length.unsqueeze(-1) * step)
-                worse = trial > current + 1e-6
-                if not bool(worse.any()):
-                    break
-                length = torch.where(worse, length / 2, length)
-            w, current = w - length.unsqueeze(-1) * step, trial
-        if features.dtype == torch.float32:  # rounding can stall it on extreme outliers
-            weight, bias = self._fit(features.double(), is_x, weight.double(), bias.double())
-            return weight.to(features.dtype), bias.to(features.dtype)
-        raise RuntimeError(f"logistic regression did not converge in {self.max_iterations} Newton steps")
-
-
-def _balance(is_x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights [n] that give each side half of the mass."""
-    return torch.where(is_x, 0.5 / is_x.sum(), 0.5 / (~is_x).sum()).to(dtype)
+    def _fit(self, features: Tensor, is_x: Tensor, weight: Tensor, bias: Tensor) -> LogisticFit:
+        return fit(
+            features, is_x, weight, bias, l2=self.l2, tolerance=self.tolerance, max_iterations=self.max_iterations
+        )
 
 
 js_classifier = JSClassifier()

@@ -92,8 +92,8 @@ def loss_rows(contrast: str, loss: HeldOutLoss, *, seed: int) -> Iterator[Row]:
     Raises:
         InputError: too few clusters.
     """
-    averaged = replace(loss, loss_visual=with_mean(loss.loss_visual), loss_text=with_mean(loss.loss_text))
-    result = js_classifier.estimate(averaged, seed=seed)
+    averaged: dict[str, Any] = {name: with_mean(getattr(loss, name)) for name in loss.ARRAYS}
+    result = js_classifier.estimate(replace(loss, **averaged), seed=seed)
     row = {
         "contrast": contrast, "estimator": "js_classifier", "estimator_version": js_classifier.version,
         "n_visual": int(loss.n_visual.sum()), "n_text": int(loss.n_text.sum()), "n_clusters": len(loss.clusters),

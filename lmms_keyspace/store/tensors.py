@@ -60,7 +60,7 @@ def by_document_bytes(entries: Mapping[GramKey, KernelSums] | Mapping[GramKey, H
             not np.array_equal(tensors.setdefault(f"{group}/{name}", count), count) for name, count in counts.items()
         ):
             raise InputError("gram", key, "clusters and token counts must be the same in every layer of a condition")
-        for name in _ARRAYS[type(value)]:
+        for name in value.ARRAYS:
             tensors[f"{entry}/{name}"] = np.ascontiguousarray(getattr(value, name), dtype=np.float32)
     return _ordered(safetensors_bytes(tensors, {**_metadata(), "clusters": json.dumps(clusters)}))
 
@@ -94,11 +94,14 @@ def _loaders(
 ) -> dict[GramKey, Callable[[], ByDocument]]:
     """How to read each entry that the names of the tensors show."""
     loaders: dict[GramKey, Callable[[], ByDocument]] = {}
-    first = f"/{_ARRAYS[kind][0]}"
+    known, first = set(names), f"/{kind.ARRAYS[0]}"
     for name in names:
         if not name.endswith(first):
             continue
         entry = name.removesuffix(first)
+        missing = [array for array in kind.ARRAYS if f"{entry}/{array}" not in known]
+        if missing:
+            raise KeyError(f"{entry} without {', '.join(missing)}")
         task, condition, contrast, space, layer, scale = entry.split("/")
         key = GramKey(unquote(task), unquote(condition), unquote(space), int(layer), unquote(scale), unquote(contrast))
         group = f"{task}/{condition}/{contrast}"
@@ -107,7 +110,7 @@ def _loaders(
 
 
 def _load_entry(path: Path, kind: type[ByDocument], entry: str, group: str, clusters: tuple[str, ...]) -> ByDocument:
-    names = {name: f"{entry}/{name}" for name in _ARRAYS[kind]}
+    names = {name: f"{entry}/{name}" for name in kind.ARRAYS}
     counts = {name: f"{group}/{name}" for name in ("n_visual", "n_text")}
     with safe_open(path, framework="np") as file:
         parts = {field: file.get_tensor(name) for field, name in (names | counts).items()}
@@ -147,9 +150,3 @@ def _open_safetensors(path: Path) -> tuple[list[str], dict[str, str]]:
 
 def _metadata() -> dict[str, str]:
     return {VERSION_KEY: str(SCHEMA_VERSION)}
-
-
-_ARRAYS: Mapping[type, tuple[str, ...]] = {
-    KernelSums: ("vv", "tt", "vt"),
-    HeldOutLoss: ("loss_visual", "loss_text"),
-}

@@ -22,7 +22,7 @@ def test_the_fit_is_scikit_learns(n_text):
     is_x = np.arange(400 + n_text) < 400
     classifier = JSClassifier(tolerance=1e-10)
     start = (torch.from_numpy(rng.normal(size=(3, 6)) / 5), torch.ones(3, 1, dtype=torch.float64))  # any will do
-    weight, bias = classifier._fit(torch.from_numpy(features), torch.from_numpy(is_x), *start)
+    weight, bias, *_ = classifier._fit(torch.from_numpy(features), torch.from_numpy(is_x), *start)
     for h in range(3):
         mean, deviation = features[h].mean(0), features[h].std(0)
         sample_weight = np.where(is_x, 0.5 / 400, 0.5 / n_text)
@@ -54,6 +54,39 @@ def test_the_bound_is_the_balanced_log_loss_of_images_not_fitted():
     expected = LN2 - (losses_x.mean() + losses_y.mean()) / 2
     value = classifier(x, y, groups_x=groups, groups_y=groups_y, seed=5).value[0]
     assert value == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("width", "shift"), [(4, 1.0), (8, 1.5)])
+def test_the_influence_of_an_image_on_the_fits_is_that_of_leaving_it_out(width, shift):
+    """Scikit-learn's fits without each image in turn, the standardization held fixed; unequal sides."""
+    x, y, groups = clouds(9, 1, 60, 6, width, shift=shift, image_effect=0.7)
+    groups = groups.astype(str)
+    y, groups_y = y[:, :300], groups[:300]
+    factor = 0.7
+    classifier = JSClassifier(tolerance=1e-10, shrinkage=(factor,))
+    loss = classifier.held_out(x, y, groups_x=groups, groups_y=groups_y)
+    fold = classifier._deal(loss.clusters, loss.n_visual > 0, loss.n_text > 0, seed=0)
+    tokens, names = np.concatenate([x[0], y[0]]), np.concatenate([groups, groups_y])
+    fold_of = np.array([fold[loss.clusters.index(name)] for name in names])
+    label = np.arange(len(tokens)) < x.shape[1]
+
+    def bound(left_out):
+        total = 0.0
+        for k in range(5):
+            fitted, judged = (fold_of != k) & (names != left_out), fold_of == k
+            mean, deviation = tokens[fold_of != k].mean(0), tokens[fold_of != k].std(0)
+            oracle = LogisticRegression(C=1 / classifier.l2, tol=1e-10, max_iter=1000)
+            sample_weight = np.where(label[fitted], 0.5 / label[fitted].sum(), 0.5 / (~label[fitted]).sum())
+            oracle.fit((tokens[fitted] - mean) / deviation, label[fitted], sample_weight=sample_weight)
+            logit = factor * oracle.decision_function((tokens[judged] - mean) / deviation)
+            side = np.where(label[judged], 0.5 / label.sum(), 0.5 / (~label).sum())
+            total += side @ np.logaddexp(0, np.where(label[judged], -logit, logit))
+        return LN2 - total
+
+    left_out = np.array([bound(name) for name in loss.clusters]) - bound(None)
+    influence = loss.fit_influence[0]
+    assert np.corrcoef(influence, left_out)[0, 1] > 0.98
+    assert left_out @ influence / (influence @ influence) == pytest.approx(1, abs=0.1)
 
 
 def test_no_image_is_fitted_and_judged_and_no_fold_takes_a_side():

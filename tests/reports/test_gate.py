@@ -271,6 +271,25 @@ def test_only_a_file_is_replaced(sides, tmp_path, option, kind):
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_a_summary_that_cannot_be_read_is_named_and_nothing_is_written(sides, tmp_path, monkeypatch):
+    summary, junit = tmp_path / "summary.md", tmp_path / "gate.xml"
+    summary.write_text("of another job\n")
+    read = Path.read_bytes
+
+    def refused(path):  # as for a file of another user; whoever runs the tests may read every file
+        if path == summary:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    arguments = ["--baseline", sides["base"], "--candidate", sides["same"], "--junit", junit, "--summary", summary]
+    code, output = command(*arguments)
+    assert code == 3
+    assert f"--summary='{summary}': name a file that can be read (Permission denied)" in output
+    assert not junit.exists()
+    assert summary.read_text() == "of another job\n"
+
+
 def test_hostile_names_stay_text(sides, tmp_path):
     hostile = "</testcase><script>alert(1)</script>\x1b[31m\u202e|" + "A" * 1_000_000
     policy = Policy(name=hostile, metric=(MetricRule(name="text_flip_rate", margin=0.05, task=hostile),))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import t as student_t
 from scipy.stats import ttest_1samp
 from simulated_sums import clouds, sums_of
 
@@ -23,7 +24,7 @@ def losses(rng, shape=(), ease=None, gain=0.0, noise=0.02, names=NAMES):
     counts = [np.asarray(rng.integers(2, 9, d)) for _ in range(2)]
     ease = np.zeros(d) if ease is None else ease
     visual, text = ((0.4 + ease - gain + noise * rng.standard_normal((*shape, d))) * n for n in counts)
-    return HeldOutLoss(visual, text, *counts, names)
+    return HeldOutLoss(visual, text, np.zeros_like(visual), *counts, names)
 
 
 def test_the_bound_is_ln_2_less_the_balanced_mean_loss():
@@ -59,10 +60,41 @@ def test_the_change_of_the_bound_matches_clusters_by_name_and_has_its_size():
     assert 5 <= rejected <= 30
     a, b = losses(np.random.default_rng(0)), losses(np.random.default_rng(1))
     order = np.random.default_rng(2).permutation(len(NAMES))
+    a, b = (replace(loss, fit_influence=0.01 * rng.standard_normal(len(NAMES))) for loss in (a, b))
     mixed = HeldOutLoss(
-        b.loss_visual[order], b.loss_text[order], b.n_visual[order], b.n_text[order], tuple(np.asarray(NAMES)[order])
+        **{name: getattr(b, name)[order] for name in b.ARRAYS},
+        n_visual=b.n_visual[order],
+        n_text=b.n_text[order],
+        clusters=tuple(np.asarray(NAMES)[order]),
     )
     np.testing.assert_allclose(stats.paired_js_difference(a, mixed)[:5], stats.paired_js_difference(a, b)[:5])
+
+
+def test_what_a_cluster_does_to_the_fits_widens_the_intervals():
+    """Of the change: jackknife of losses and fits together. Of the bound: the spread of drawn sums of influences."""
+    rng = np.random.default_rng(0)
+    a, b = losses(rng), losses(rng)
+    moved = replace(b, fit_influence=rng.normal(scale=0.01, size=len(NAMES)))
+    given, counted = (stats.paired_js_difference(a, loss) for loss in (b, moved))
+    assert counted.delta == given.delta
+    d = len(NAMES)
+    deleted = np.empty(d)
+    for g in range(d):
+        kept = np.arange(d) != g
+        bounds = [
+            -(loss.loss_visual[kept].sum() / loss.n_visual[kept].sum()
+              + loss.loss_text[kept].sum() / loss.n_text[kept].sum()) / 2
+            for loss in (a, b)
+        ]  # fmt: skip
+        deleted[g] = bounds[1] - bounds[0] + moved.fit_influence[g]
+    se = np.sqrt((d - 1) / d * np.square(deleted - deleted.mean()).sum())
+    assert counted.high - counted.delta == pytest.approx(se * student_t.ppf(0.975, d - 1))
+
+    exact = replace(b, loss_visual=0.4 * b.n_visual, loss_text=0.4 * b.n_text, fit_influence=moved.fit_influence)
+    value, low, high = stats.js_bootstrap(exact, n_resamples=20_000)
+    spread = np.sqrt(np.square(exact.fit_influence - exact.fit_influence.mean()).sum())
+    assert value == pytest.approx(np.log(2) - 0.4)
+    assert (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.05)
 
 
 def test_adjusted_for_layers_and_heads():
@@ -114,7 +146,7 @@ def test_adjusted_p_keeps_the_rate_of_any_false_alarm():
     [
         ({"clusters": tuple(f"x{i}" for i in range(24))}, "clusters"),
         ({"n_visual": np.zeros(24, int)}, "n_visual"),
-        ({"loss_visual": np.zeros((2, 24)), "loss_text": np.zeros((2, 24))}, "b"),
+        (dict.fromkeys(HeldOutLoss.ARRAYS, np.zeros((2, 24))), "b"),
     ],
 )
 def test_losses_that_cannot_be_compared_are_named(change, argument):
