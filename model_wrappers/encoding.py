@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from lmms_keyspace.model_wrappers.pictures import Pictures
+from lmms_keyspace.model_wrappers.naming import naming
+from lmms_keyspace.model_wrappers.prompts import Request
 
 # Inputs with one entry per token, after the mask that tells padding, and the end that padding belongs to.
 _PADDED = (
@@ -15,23 +15,19 @@ _PADDED = (
 )
 
 
-def encode(
-    processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]], pictures: Pictures | None = None
-) -> Any:
+def encode(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
     """Run the processor on a batch.
 
     Args:
         processor: the model's own.
         texts: the prompts, with placeholders for the images.
         images: per prompt, in order; may be empty.
-        pictures: of the run's requests, where they ask several questions about one.
 
     Returns:
         The processor's output; `input_ids` and `attention_mask` are `[B, P]` with all padding on the left.
     """
     shown = [list(row) for row in images] if any(images) else None
-    with contextlib.nullcontext() if pictures is None else pictures.reused(processor):
-        inputs = processor(text=list(texts), images=shown, padding=True, return_tensors="pt")
+    inputs = processor(text=list(texts), images=shown, padding=True, return_tensors="pt")
     # InstructBLIP's processor puts the image before the padding, and pads the instruction of its Q-Former, which has
     # absolute positions, as it pads the prompt.
     for mask, names, side in _PADDED:
@@ -41,3 +37,15 @@ def encode(
                 if name in inputs:
                     inputs[name] = inputs[name].gather(1, order)
     return inputs
+
+
+def tokens_of_an_image(processor: Any, request: Request, image_token_id: int) -> int:
+    """How many tokens stand for an image of a request that shows some.
+
+    Raises:
+        RuntimeError: its images cannot be read; names the task and the document.
+    """
+    with naming([request]):
+        images = request.images()
+        ids = encode(processor, [request.text], [images])["input_ids"]
+    return int((ids == image_token_id).sum()) // len(images)

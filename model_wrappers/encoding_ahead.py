@@ -47,7 +47,8 @@ class EncodingAhead:
     def _encode(self, requests: Sequence[Request]) -> Encoded:
         images = [request.images() for request in requests]
         texts = [request.text for request in requests]
-        return Encoded(images, encode(self._processor, texts, images, requests[0].pictures))
+        with requests[0].pictures.reused(self._processor, images, [request.shown for request in requests]):
+            return Encoded(images, encode(self._processor, texts, images))
 
 
 def _name(requests: Sequence[Request]) -> tuple[int, ...]:

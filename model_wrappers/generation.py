@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +53,24 @@ def longest_first(requests: Sequence[Request | ContinuationRequest]) -> list[int
     )
 
 
-def batches(requests: Sequence[Request], size: int) -> Iterator[tuple[Settings, list[int]]]:
+def by_pictures(requests: Sequence[Request]) -> list[int]:
+    """`longest_first`, but questions about the same pictures follow the longest of them."""
+    order = longest_first(requests)
+    places: dict[Hashable, int] = {}
+    for place, index in enumerate(order):
+        places.setdefault(requests[index].shown or index, place)
+    return sorted(order, key=lambda index: places[requests[index].shown or index])
+
+
+def batches(requests: Sequence[Request], size: int, *, together: bool = False) -> Iterator[tuple[Settings, list[int]]]:
     """Cut requests into batches of like settings, among requests of like settings `longest_first`.
 
     Requests that are not counted come in batches of their own, so that capture can leave them out.
+
+    Args:
+        requests: in any order.
+        size: most requests of a batch.
+        together: questions about the same pictures follow each other, see `by_pictures`.
 
     Yields:
         The settings and the indices of the batch's requests.
@@ -66,7 +80,8 @@ def batches(requests: Sequence[Request], size: int) -> Iterator[tuple[Settings, 
         settings_text = json.dumps(request.generation_kwargs, sort_keys=True, default=str)
         groups.setdefault((request.counted, settings_text), []).append(index)
     for group in groups.values():
-        members = [group[place] for place in longest_first([requests[index] for index in group])]
+        order = (by_pictures if together else longest_first)([requests[index] for index in group])
+        members = [group[place] for place in order]
         settings = settings_of(requests[members[0]].generation_kwargs)
         for start in range(0, len(members), size):
             yield settings, members[start : start + size]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,51 +15,59 @@ Made = Mapping[str, torch.Tensor]
 class Kept:
     """What was made of pictures, kept while requests wait that will show them, as far as there is room.
 
-    Args:
-        values: numbers that there is room for.
+    Attributes:
+        room: numbers that there is room for in all.
     """
 
     def __init__(self, values: int) -> None:
-        self._room = values
-        self._waiting: Counter[int] = Counter()  # id of a picture -> requests that will still show it
-        self._made: dict[int, Made] = {}
+        self.room = values
+        self._free = values
+        self._waiting: Counter[Hashable] = Counter()  # name of a picture -> requests that will still show it
+        self._made: dict[Hashable, Made] = {}
 
     def __len__(self) -> int:
         return len(self._made)
 
-    def expect(self, picture: object) -> None:
-        """One request more will show a picture, which must live until then."""
-        self._waiting[id(picture)] += 1
+    def expect(self, name: Hashable) -> None:
+        """One request more will show a picture."""
+        self._waiting[name] += 1
 
-    def repeated(self, shown: Iterable[object]) -> bool:
+    @property
+    def shown_again(self) -> int:
+        """Pictures that several requests will show."""
+        return sum(requests > 1 for requests in self._waiting.values())
+
+    def repeated(self, shown: Iterable[Hashable]) -> bool:
         """Whether a picture of a batch is in it twice, was shown before or will be shown later."""
-        return any(self._waiting[name] > 1 or name in self._made for name in map(id, shown))
+        return any(self._waiting[name] > 1 or name in self._made for name in shown)
 
-    def of(self, shown: Sequence[object], make: Callable[[list[Any]], Sequence[Made] | None]) -> list[Made] | None:
+    def of(
+        self, shown: Sequence[Hashable], make: Callable[[list[Hashable]], Sequence[Made] | None]
+    ) -> list[Made] | None:
         """What was made of each picture of a batch, in order.
 
         Args:
             make: makes it of the pictures that are not kept, in order; None where it cannot.
         """
-        new = list({id(picture): picture for picture in shown if id(picture) not in self._made}.values())
+        new = list(dict.fromkeys(name for name in shown if name not in self._made))
         fresh = make(new) if new else []
         if fresh is None:
             return None
-        made = self._made | dict(zip(map(id, new), fresh, strict=True))
-        in_order = [made[id(picture)] for picture in shown]
-        self._waiting.subtract(map(id, shown))
-        for name in set(map(id, shown)):
+        made = self._made | dict(zip(new, fresh, strict=True))
+        in_order = [made[name] for name in shown]
+        self._waiting.subtract(shown)
+        for name in dict.fromkeys(shown):
             if self._waiting[name] > 0:
                 self._keep(name, made[name])
             elif name in self._made:
-                self._room += _numbers(self._made.pop(name))
+                self._free += _numbers(self._made.pop(name))
         return in_order
 
-    def _keep(self, name: int, made: Made) -> None:
-        if name not in self._made and _numbers(made) <= self._room:
+    def _keep(self, name: Hashable, made: Made) -> None:
+        if name not in self._made and _numbers(made) <= self._free:
             # A part of the batch's tensor would hold all of its memory.
             self._made[name] = {part: values.clone() for part, values in made.items()}
-            self._room -= _numbers(made)
+            self._free -= _numbers(made)
 
 
 def _numbers(made: Made) -> int:

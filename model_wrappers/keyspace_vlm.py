@@ -23,6 +23,7 @@ from lmms_keyspace.errors import InputError
 from lmms_keyspace.intervene.spec import VISUAL_BOOST
 from lmms_keyspace.model_wrappers import arguments as args
 from lmms_keyspace.model_wrappers.assembly import assemble
+from lmms_keyspace.model_wrappers.encoding import tokens_of_an_image
 from lmms_keyspace.model_wrappers.encoding_ahead import EncodingAhead
 from lmms_keyspace.model_wrappers.generation import Settings, batches, cut, longest_first
 from lmms_keyspace.model_wrappers.growing_cache import growing_cache
@@ -140,13 +141,22 @@ class KeyspaceVLM(lmms):
     def _answers(self, requests: list[Request]) -> list[GenerationResult]:
         answers: dict[int, GenerationResult] = {}
         with tqdm(total=len(requests), desc=self.keyspace_model_name, unit="doc", disable=self.rank != 0) as progress:
-            cut_up = list(batches(requests, self.batch_size))
+            cut_up = list(batches(requests, self.batch_size, together=self._too_many_pictures(requests)))
             for (settings, indices), (_, following) in zip(cut_up, [*cut_up[1:], (None, [])], strict=True):
                 then = [requests[index] for index in following]
                 answer = functools.partial(self._answer, settings, then=then)
                 texts = self._in_parts([requests[index] for index in indices], answer, progress)
                 answers.update(zip(indices, texts, strict=True))
         return [answers[index] for index in range(len(requests))]
+
+    def _too_many_pictures(self, requests: Sequence[Request]) -> bool:
+        """Whether questions about one picture must follow each other, so that its features need to be made once."""
+        showing = next((request for request in requests if request.shown), None)
+        if showing is None:
+            return False
+        decoder = self._recorder.observed.decoder
+        tokens = tokens_of_an_image(self.loaded.processor, showing, decoder.image_token_id)
+        return self._features.crowded(showing.pictures, tokens * decoder.text_config.hidden_size)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation in nats, and whether greedy decoding would write it; in order.
@@ -224,7 +234,7 @@ class KeyspaceVLM(lmms):
         with torch.inference_mode(), self._recorder.batch(rows, images, inputs):
             given = dict(inputs)
             if self._beams(settings) == 1:  # transformers 5.20 gives beams of one row the features of another
-                given = self._features.inputs(inputs, images, rows[0].pictures)
+                given = self._features.inputs(inputs, [row.shown for row in rows], rows[0].pictures)
             given |= growing_cache(self.loaded.model)
             output = self.loaded.model.generate(**given, **settings.arguments, pad_token_id=self._pad_token_id())
         new = output[:, inputs["input_ids"].shape[1] :]

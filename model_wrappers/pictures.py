@@ -1,12 +1,13 @@
 """Pictures of which a run asks several questions: kept once, and made ready for the model once.
 
-Every probe shows a picture under several conditions, and many benchmarks ask several questions about one.
+Every probe shows a picture under several conditions, and many benchmarks ask several questions about one. A picture is
+named by its content, so that it is known again when a task reads it anew.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +27,7 @@ KEPT_VALUES = 1 << 26
 
 
 class Pictures:
-    """The pictures of one call's requests. Memory is bounded: of a large benchmark only the first are kept.
+    """The pictures of one call's requests. Memory is bounded.
 
     Attributes:
         features: what the model makes of them, see `visual_features`.
@@ -39,45 +40,58 @@ class Pictures:
         self._apart = True  # as far as is known, the image processor's output can be taken apart by picture
         self.features = Kept(values)
 
-    def keep(self, messages: ChatMessages) -> bool:
-        """Have equal pictures of several requests be one object; False where there is no room for new ones."""
+    def read(self, messages: ChatMessages) -> tuple[tuple[Hashable, ...], bool]:
+        """Names of a request's pictures, in order, and whether all are kept: then those of equal requests are one
+        object. Of a large benchmark there is only room for the first."""
         parts = [part for message in messages.messages for part in message.content if part.type == "image"]
-        shown = [(part, _content(part.url)) for part in parts if isinstance(part.url, Image.Image)]
-        new = {content: part.url for part, content in shown if content not in self._kept}
+        names = tuple(_name(part.url) for part in parts)
+        for name in names:
+            self._ready.expect(name)
+            self.features.expect(name)
+        drawn = [(part, name) for part, name in zip(parts, names, strict=True) if isinstance(part.url, Image.Image)]
+        new = {name: part.url for part, name in drawn if name not in self._kept}
         pixels = sum(picture.width * picture.height for picture in new.values())
         if pixels > self._pixels:
-            return False
+            return names, False
         self._pixels -= pixels
         self._kept |= new
-        for part, content in shown:
-            part.url = self._kept[content]
-            self._ready.expect(part.url)
-            self.features.expect(part.url)
-        return True
+        for part, name in drawn:
+            part.url = self._kept[name]
+        return names, True
 
     @contextlib.contextmanager
-    def reused(self, processor: Any) -> Iterator[None]:
-        """Inside, the processor takes what its image processor made of a kept picture before."""
+    def reused(
+        self, processor: Any, images: Sequence[Sequence[Any]], names: Sequence[Sequence[Hashable]]
+    ) -> Iterator[None]:
+        """Inside, the processor takes what its image processor made of a picture before.
+
+        Args:
+            images: that it will get, per prompt.
+            names: theirs.
+        """
         own = processor.image_processor
         if self._apart:
-            processor.image_processor = _Reusing(own, self)
+            pairs = (pair for row in zip(images, names, strict=True) for pair in zip(*row, strict=True))
+            processor.image_processor = _Reusing(own, self, {id(image): name for image, name in pairs})
         try:
             yield
         finally:
             processor.image_processor = own
 
-    def processed(self, own: Any, images: Any, kwargs: dict[str, Any]) -> Any:
-        """`own(images, **kwargs)`, the same numbers, without doing it again for a kept picture.
+    def processed(self, own: Any, images: Any, names: dict[int, Hashable], kwargs: dict[str, Any]) -> Any:
+        """`own(images, **kwargs)`, the same numbers, without doing it again for a picture that is kept.
 
         Only where the image processor's whole output can be taken apart by picture: no padding to the others of the
         batch, no cutting into tiles.
         """
-        shown = [image for row in images for image in (row if isinstance(row, list | tuple) else [row])]
-        if not self._apart or not self._ready.repeated(shown):
+        flat = [image for row in images for image in (row if isinstance(row, list | tuple) else [row])]
+        shown = [names.get(id(image)) for image in flat]  # None: the processor has read a path, or copied
+        if not self._apart or None in shown or not self._ready.repeated(shown):
             return own(images, **kwargs)
+        by_name = dict(zip(shown, flat, strict=True))
 
-        def make(new: list[Any]) -> list[Made] | None:
-            return by_picture(own(new, **kwargs), len(new))
+        def make(new: list[Hashable]) -> list[Made] | None:
+            return by_picture(own([by_name[name] for name in new], **kwargs), len(new))
 
         parts = self._ready.of(shown, make)
         self._apart = parts is not None
@@ -86,29 +100,30 @@ class Pictures:
 
 
 class _Reusing:
-    """Stands in for an image processor."""
+    """Stands in for an image processor; `names` are those of the images, by their ids."""
 
-    def __init__(self, own: Any, pictures: Pictures) -> None:
-        self._own, self._pictures = own, pictures
+    def __init__(self, own: Any, pictures: Pictures, names: dict[int, Hashable]) -> None:
+        self._own, self._pictures, self._names = own, pictures, names
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)
 
     def __call__(self, images: Any, **kwargs: Any) -> Any:
-        return self._pictures.processed(self._own, images, kwargs)
+        return self._pictures.processed(self._own, images, self._names, kwargs)
 
 
-def _content(picture: Image.Image) -> Hashable:
-    """Equal for pictures that any processor reads alike; a picture in another mode than RGB is equal to itself only."""
-    if picture.mode != "RGB":
-        return id(picture)
-    told = (picture.info.get("exif"), picture.info.get("transparency"))
-    return picture.size, xxhash.xxh3_128_digest(_memory(picture)), told
+def _name(picture: Any) -> Hashable:
+    """Equal for pictures that any processor reads alike; a path or an address is its own name."""
+    if not isinstance(picture, Image.Image):
+        return str(picture)
+    content = xxhash.xxh3_128_digest(_memory(picture))
+    palette = bytes(picture.getpalette("RGBA") or ()) if picture.mode in ("P", "PA") else b""
+    return picture.mode, picture.size, content, palette, picture.info.get("exif"), picture.info.get("transparency")
 
 
 def _memory(picture: Image.Image) -> Any:
     """The picture's pixels where they lie, which is many times faster than writing them out."""
-    if hasattr(picture, "__arrow_c_array__"):  # Pillow 11.2.1
+    if picture.mode == "RGB" and hasattr(picture, "__arrow_c_array__"):  # Pillow 11.2.1
         with contextlib.suppress(ValueError):  # a large picture lies in several pieces
             return pa.array(picture).values.buffers()[1]
     return picture.tobytes()

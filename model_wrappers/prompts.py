@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,12 +46,16 @@ class Request:
     content: tuple[str, ...]  # the messages' own text parts, in order
     options: tuple[str, ...]  # answers whose log-probability may be asked for
     image_sha: str  # of the picture, where the document names it; else empty
-    images_shown: int
+    shown: tuple[Hashable, ...]  # names of its pictures
     images_absent: int  # that the document names and does not hold; the prompt goes without them
     generation_kwargs: Mapping[str, Any]
     counted: bool  # False for the harness's padding clones and for repeats of a request
     messages: Callable[[], ChatMessages]
     pictures: Pictures  # of all requests that were read together
+
+    @property
+    def images_shown(self) -> int:
+        return len(self.shown)
 
     def images(self) -> list[Any]:
         return list(self.messages().extract_media()[0])
@@ -95,12 +99,13 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pictu
     declared = (instance.metadata or {}).get("keyspace") or {}
 
     first, absent = messages_of(doc, dataset, doc_to_messages)
-    kept = first if pictures.keep(first) else None
+    shown, whole = pictures.read(first)
+    kept = first if whole else None
 
     def messages() -> ChatMessages:
         return kept or messages_of(dataset[doc_id], dataset, doc_to_messages)[0]
 
-    text, content, images_shown = _prompt_text(first, processor, task, doc_id)
+    text, content, _ = _prompt_text(first, processor, task, doc_id)
 
     def field(name: str, where: str) -> str:
         if name not in doc:
@@ -124,7 +129,7 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pictu
         content=content,
         options=tuple(map(str, options)) if isinstance(options, list) else (),
         image_sha=str(doc.get("image_sha") or "") if declared else "",
-        images_shown=images_shown,
+        shown=shown,
         images_absent=absent,
         generation_kwargs=generation_kwargs,
         counted="__padding_only__" not in (instance.metadata or {}),

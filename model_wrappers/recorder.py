@@ -18,10 +18,9 @@ from lmms_keyspace.errors import InputError
 from lmms_keyspace.families import decoder_sites
 from lmms_keyspace.model_wrappers.arguments import AUTO_BATCH_SIZE, Arguments
 from lmms_keyspace.model_wrappers.conditions import same_prompts
-from lmms_keyspace.model_wrappers.encoding import encode
+from lmms_keyspace.model_wrappers.encoding import tokens_of_an_image
 from lmms_keyspace.model_wrappers.loading import Loaded
 from lmms_keyspace.model_wrappers.merging import merge, shared
-from lmms_keyspace.model_wrappers.naming import naming
 from lmms_keyspace.model_wrappers.observed import Observed, ObservedTask
 from lmms_keyspace.model_wrappers.prompts import Request
 from lmms_keyspace.model_wrappers.ranks import Ranks
@@ -136,18 +135,10 @@ class Recorder:
         )
 
     def _tokens_of_an_image(self, requests: Sequence[Request]) -> int:
-        """Of the first sampled document that shows one; without any, the most that are sampled.
-
-        Raises:
-            RuntimeError: that document's pictures cannot be read; names the task and the document.
-        """
+        """Of the first sampled document that shows one; without any, the most that are sampled."""
         for request in requests:
-            if request.counted and request.cluster in self.observed.tasks[request.task].chosen:
-                with naming([request]):
-                    images = request.images()
-                    if images:
-                        ids = encode(self.observed.loaded.processor, [request.text], [images])["input_ids"]
-                        return int((ids == self.observed.decoder.image_token_id).sum()) // len(images)
+            if request.counted and request.shown and request.cluster in self.observed.tasks[request.task].chosen:
+                return tokens_of_an_image(self.observed.loaded.processor, request, self.observed.decoder.image_token_id)
         return self._sampler.tokens
 
     def receive(self, requests: Sequence[Request]) -> None:

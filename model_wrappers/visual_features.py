@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,23 +34,34 @@ class VisualFeatures:
             self._needs = set(inspect.signature(self._encode).parameters)
         self._one_tensor = False  # the features of several pictures are `[n, tokens, width]`, not a list
 
-    def inputs(self, inputs: Mapping[str, Any], images: Sequence[Sequence[Any]], pictures: Pictures) -> dict[str, Any]:
+    def crowded(self, pictures: Pictures, numbers: int) -> bool:
+        """Whether those of all pictures that are shown again do not find room together.
+
+        Args:
+            pictures: of the run.
+            numbers: how many the features of one are.
+        """
+        return bool(self._needs) and pictures.features.shown_again * numbers > pictures.features.room
+
+    def inputs(
+        self, inputs: Mapping[str, Any], shown: Sequence[Sequence[Hashable]], pictures: Pictures
+    ) -> dict[str, Any]:
         """What `generate` without beams takes: `inputs`, with features in place of pixels where a picture of them is
         shown again.
 
         Args:
             inputs: the processor's output for a batch.
-            images: per row of the batch, in order.
+            shown: names of the pictures, per row of the batch, in order.
             pictures: of the run; keeps the features of those that later batches show.
         """
-        shown = [image for row in images for image in row]
-        apart = by_picture({name: inputs[name] for name in self._needs if name in inputs}, len(shown))
-        if apart is None or not pictures.features.repeated(shown):
+        names = [name for row in shown for name in row]
+        apart = by_picture({name: inputs[name] for name in self._needs if name in inputs}, len(names))
+        if apart is None or not pictures.features.repeated(names):
             return dict(inputs)
-        pixels = dict(zip(map(id, shown), apart, strict=True))
+        pixels = dict(zip(names, apart, strict=True))
 
-        def make(new: list[Any]) -> list[Made] | None:
-            together = joined([pixels[id(image)] for image in new])
+        def make(new: list[Hashable]) -> list[Made] | None:
+            together = joined([pixels[name] for name in new])
             made = self._encode(**together, return_dict=True) if together else {}
             features = made.get("pooler_output")
             # Qwen3-VL hands features of several layers to its decoder.
@@ -59,7 +70,7 @@ class VisualFeatures:
             self._one_tensor = isinstance(features, torch.Tensor)
             return [{"features": one} for one in features]
 
-        made = pictures.features.of(shown, make)
+        made = pictures.features.of(names, make)
         if made is None:
             self._needs = set()
             return dict(inputs)

@@ -31,9 +31,9 @@ def asked(numbers: list[int], broken: bool = False) -> list[Asked]:
     for number in numbers:
         image = {"type": "image", "url": Image.new("RGB", (9, 9), (number, 0, 0))}
         messages = ChatMessages(messages=[{"role": "user", "content": [image]}])
-        pictures.keep(messages)
+        shown, _ = pictures.read(messages)
         text = "<image> USER: What is it ?" + " red" * number
-        made.append(Asked(messages=messages, text=text, pictures=pictures, readers=[], broken=broken))
+        made.append(Asked(messages=messages, text=text, shown=shown, pictures=pictures, readers=[], broken=broken))
     return made
 
 

@@ -1,12 +1,13 @@
 """Generation settings, cutting of answers, and the order of batches."""
 
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmms_keyspace.model_wrappers.generation import DEFAULT_NEW_TOKENS, batches, cut, settings_of
+from lmms_keyspace.model_wrappers.generation import DEFAULT_NEW_TOKENS, batches, by_pictures, cut, settings_of
 
 
 @dataclass
@@ -14,7 +15,11 @@ class FakeRequest:
     text: str
     generation_kwargs: dict = field(default_factory=dict)
     counted: bool = True
-    images_shown: int = 0
+    shown: tuple[str, ...] = ()
+
+    @property
+    def images_shown(self) -> int:
+        return len(self.shown)
 
 
 def test_greedy_is_the_default():
@@ -52,25 +57,39 @@ def test_an_answer_ends_at_the_first_mark():
     assert cut("red", []) == "red"
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.text(max_size=9),
-            st.sampled_from([{}, {"max_new_tokens": 3}, {"until": ["a"]}]),
-            st.booleans(),
-            st.integers(0, 2),
-        ),
-        max_size=40,
+REQUESTS = st.lists(
+    st.tuples(
+        st.text(max_size=9),
+        st.sampled_from([{}, {"max_new_tokens": 3}, {"until": ["a"]}]),
+        st.booleans(),
+        st.lists(st.sampled_from("ab"), max_size=2).map(tuple),
     ),
-    st.integers(1, 7),
+    max_size=40,
 )
-def test_batches_hold_every_request_once_with_like_settings(drawn, size):
+
+
+@given(REQUESTS, st.integers(1, 7), st.booleans())
+def test_batches_hold_every_request_once_with_like_settings(drawn, size, together):
     requests = [FakeRequest(*row) for row in drawn]
-    cut_up = list(batches(requests, size))
+    cut_up = list(batches(requests, size, together=together))
     assert sorted(index for _, members in cut_up for index in members) == list(range(len(requests)))
     for settings, members in cut_up:
         assert 1 <= len(members) <= size
         assert all(settings_of(requests[index].generation_kwargs) == settings for index in members)
         assert len({requests[index].counted for index in members}) == 1
         lengths = [(requests[index].images_shown, len(requests[index].text)) for index in members]
-        assert lengths == sorted(lengths, reverse=True)
+        assert [shown for shown, _ in lengths] == sorted((shown for shown, _ in lengths), reverse=True)
+        assert together or lengths == sorted(lengths, reverse=True)
+
+
+@given(REQUESTS)
+def test_questions_about_the_same_pictures_follow_the_longest_of_them(drawn):
+    requests = [FakeRequest(text, {}, True, shown) for text, _, _, shown in drawn]
+    order = [requests[index] for index in by_pictures(requests)]
+    runs = [(shown, list(members)) for shown, members in groupby(order, key=lambda request: request.shown)]
+    named = [shown for shown, _ in runs if shown]
+    assert len(named) == len(set(named))
+    for _, members in runs:
+        assert [len(one.text) for one in members] == sorted((len(one.text) for one in members), reverse=True)
+    longest = [(len(shown), len(members[0].text)) for shown, members in runs]
+    assert longest == sorted(longest, reverse=True)

@@ -1,6 +1,8 @@
 """The wrapper on the bundled model, through lmms-eval's evaluator."""
 
 import json
+from collections import Counter
+from functools import partial, wraps
 
 import numpy as np
 import pandas as pd
@@ -8,11 +10,13 @@ import pytest
 import torch
 from evaluation import DATE, answers, evaluate, run_of
 from safetensors.numpy import load_file
-from transformers import GenerationMixin
+from transformers import GenerationMixin, LlavaModel
 
 from lmms_keyspace import embedded, harness
 from lmms_keyspace.errors import InputError
+from lmms_keyspace.model_wrappers import prompts
 from lmms_keyspace.model_wrappers.growing_cache import GrowingLayer
+from lmms_keyspace.model_wrappers.pictures import Pictures
 from lmms_keyspace.records import ALL_HEADS, SCHEMA_VERSION
 
 LIMIT = 48
@@ -231,6 +235,23 @@ def test_an_error_of_generate_names_task_and_documents_and_leaves_what_was_captu
     assert len(keys["k_pre/3"]) == tokens["modality"].isin(["visual", "text"]).sum() > 0
 
 
+def test_without_room_for_all_pictures_questions_about_one_follow_each_other(monkeypatch, batch_of_8):
+    """Each passes through the vision tower once, though its pixels are not kept; the answers are the same."""
+    room = 2 * 16 * 128  # features of 2 pictures: tokens and width of the bundled model
+    monkeypatch.setattr(prompts, "Pictures", partial(Pictures, pixels=0, values=room))
+    get_image_features, passed = LlavaModel.get_image_features, Counter()
+
+    @wraps(get_image_features)
+    def counting(self, pixel_values, **kwargs):
+        passed.update(one.numpy().tobytes() for one in pixel_values)
+        return get_image_features(self, pixel_values=pixel_values, **kwargs)
+
+    monkeypatch.setattr(LlavaModel, "get_image_features", counting)
+    results = evaluate("keyspace_llava", limit=LIMIT, batch_size=8, model_args="capture=off")
+    assert answers(results) == answers(batch_of_8[0])
+    assert sorted(passed.values()) == [1] * 9  # pictures of 8 groups, and the blank one
+
+
 def test_pictures_that_the_processor_refuses_end_the_run_before_the_first_forward(monkeypatch, tmp_path):
     def broken(*args, **kwargs):
         raise OSError("image file is truncated")
@@ -238,7 +259,7 @@ def test_pictures_that_the_processor_refuses_end_the_run_before_the_first_forwar
     def generate(*args, **kwargs):
         raise AssertionError("the model was called")
 
-    monkeypatch.setattr("lmms_keyspace.model_wrappers.recorder.encode", broken)
+    monkeypatch.setattr("lmms_keyspace.model_wrappers.encoding.encode", broken)
     monkeypatch.setattr(GenerationMixin, "generate", generate)
     with pytest.raises(RuntimeError, match=r"textbias_probe_quick, document \d+: OSError: image file is truncated"):
         evaluate("keyspace_llava", tmp_path, limit=4, batch_size=2)

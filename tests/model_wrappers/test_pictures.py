@@ -47,32 +47,39 @@ def counted(processor, monkeypatch) -> list[int]:
 
 def test_equal_pictures_are_one_object_and_different_ones_are_not():
     pictures = Pictures()
-    turned = picture(1)
+    turned, faded, see_through = picture(1), picture(1, "P"), picture(1, "P")
     turned.info["exif"] = b"Exif"
-    asked = [shown(one) for one in (picture(1), picture(2), picture(1), turned, picture(1, "L"), picture(1, "L"))]
-    assert all(pictures.keep(messages) for messages in asked)
-    first, second, again, other, *gray = (images(messages)[0] for messages in asked)
+    faded.putpalette([value // 2 for value in faded.getpalette()])
+    see_through.info["transparency"] = 3
+    drawn = [picture(1), picture(2), picture(1), turned, picture(1, "L"), picture(1, "L"), picture(1, "RGBA")]
+    asked = [shown(one) for one in (*drawn, picture(1, "P"), faded, see_through)]
+    names = [pictures.read(messages) for messages in asked]
+    assert all(whole for _, whole in names)
+    first, second, again, other, gray, same_gray, *more = (images(messages)[0] for messages in asked)
     assert again is first
-    assert len({id(one) for one in (first, second, other, *gray)}) == 5
-    assert images(shown("a path"))[0] == "a path"
+    assert same_gray is gray
+    assert len({id(one) for one in (first, second, other, gray, *more)}) == 8 == len({name for name, _ in names})
+    assert pictures.read(shown("a path")) == (("a path",), True)
 
 
 def test_pictures_too_large_to_lie_in_one_piece_are_compared_too():
     large = [Image.new("RGB", (2200, 2100), color) for color in ("red", "blue")]
     asked = [shown(one) for one in (*large, large[0].copy())]
     pictures = Pictures()
-    assert all(pictures.keep(messages) for messages in asked)
+    assert all(pictures.read(messages)[1] for messages in asked)
     assert [images(messages)[0] is large[0] for messages in asked] == [True, False, True]
 
 
-def test_only_what_there_is_room_for_is_kept():
+def test_only_what_there_is_room_for_is_kept_and_all_have_names():
     pictures = Pictures(pixels=2 * 144)
     late = shown(picture(3))
     own = images(late)[0]
-    assert [pictures.keep(shown(picture(number))) for number in (1, 2)] == [True, True]
-    assert not pictures.keep(late)
+    assert [pictures.read(shown(picture(number)))[1] for number in (1, 2)] == [True, True]
+    name, whole = pictures.read(late)
+    assert not whole
     assert images(late)[0] is own
-    assert pictures.keep(shown(picture(1), picture(2)))  # needs no room
+    assert pictures.read(shown(picture(3)))[0] == name
+    assert pictures.read(shown(picture(1), picture(2)))[1]  # needs no room
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,32 +90,31 @@ def test_the_inputs_are_those_of_the_processor_alone(family):
     pictures = Pictures()
     # Equal pictures in one batch and in two; one in another mode; several sizes, which some processors pad or cut up.
     drawn = [[picture(n) for n in (1, 2, 1)], [picture(3, side=20), picture(2), picture(4, "L")], [picture(1)]]
-    for batch in drawn:
-        asked = [shown(one) for one in batch]
-        for messages in asked:
-            pictures.keep(messages)
-        batch[:] = [images(messages)[0] for messages in asked]
-    for batch in drawn:
+    names = [[pictures.read(shown(one))[0] for one in batch] for batch in drawn]
+    for batch, named in zip(drawn, names, strict=True):
         texts = [f"{image} USER: What color is the {word} ?" for word in ("red", "blue circle", "square")[: len(batch)]]
         rows = [[one] for one in batch]
-        found, expected = encode(processor, texts, rows, pictures), encode(processor, texts, rows)
+        expected = encode(processor, texts, rows)
+        with pictures.reused(processor, rows, named):
+            found = encode(processor, texts, rows)
         assert set(found) == set(expected)
         for name, values in expected.items():
             torch.testing.assert_close(found[name], values, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("pixels", [10_000, 0], ids=["kept", "read again"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_a_picture_is_preprocessed_once_and_let_go_after_its_last_question(monkeypatch, family):
+def test_a_picture_is_preprocessed_once_and_let_go_after_its_last_question(monkeypatch, family, pixels):
     processor = family_processor(family)
     processor.tokenizer.padding_side = "left"
     calls = counted(processor, monkeypatch)
-    pictures = Pictures()
-    asked = [shown(picture(number)) for number in (1, 2, 1, 2, 3, 1)]
-    for messages in asked:
-        pictures.keep(messages)
+    pictures = Pictures(pixels)
+    numbers = (1, 2, 1, 2, 3, 1)
+    names = [pictures.read(shown(picture(number)))[0] for number in numbers]
     for start in range(0, 6, 2):
-        rows = [images(messages) for messages in asked[start : start + 2]]
-        encode(processor, [f"{placeholder(family)} red ?"] * 2, rows, pictures)
+        rows = [[picture(number)] for number in numbers[start : start + 2]]
+        with pictures.reused(processor, rows, names[start : start + 2]):
+            encode(processor, [f"{placeholder(family)} red ?"] * 2, rows)
     assert calls == [2, 1]  # 1 and 2; nothing; 3
     assert not len(pictures._ready)
 
@@ -143,16 +149,16 @@ def test_without_room_for_its_values_a_picture_is_preprocessed_again(monkeypatch
     calls = counted(processor, monkeypatch)
     pictures = Pictures(values=0)
     asked = [shown(picture(1)) for _ in range(2)]
-    for messages in asked:
-        pictures.keep(messages)
-    for messages in asked:
-        encode(processor, ["<image> red ?"], [images(messages)], pictures)
+    names = [pictures.read(messages)[0] for messages in asked]
+    for messages, named in zip(asked, names, strict=True):
+        with pictures.reused(processor, [images(messages)], [named]):
+            encode(processor, ["<image> red ?"], [images(messages)])
     assert calls == [1, 1]
 
 
 def test_a_failing_processor_is_left_as_it_was():
     processor = family_processor("llava")
     own = processor.image_processor
-    with pytest.raises(ValueError, match="image"), Pictures().reused(processor):
+    with pytest.raises(ValueError, match="image"), Pictures().reused(processor, [["no picture"]], [("no picture",)]):
         processor(text=["red ?"], images=[["no picture"]])
     assert processor.image_processor is own

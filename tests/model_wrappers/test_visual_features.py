@@ -21,19 +21,19 @@ SETTINGS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_t
 
 
 def asked(family: str, pictures: Pictures, batches=BATCHES):
-    """(inputs, images) of each batch, as the wrapper makes them."""
+    """(inputs, names of the pictures) of each batch, as the wrapper makes them."""
     processor = family_processor(family)
     processor.tokenizer.padding_side = "left"
     shown = []
     for numbers in batches:
         parts = [[] if n is None else [{"type": "image", "url": picture(n)}] for n in numbers]
         messages = [ChatMessages(messages=[{"role": "user", "content": part}]) for part in parts]
-        assert all(pictures.keep(one) for one in messages)
-        shown.append([list(one.extract_media()[0]) for one in messages])
+        shown.append(([list(one.extract_media()[0]) for one in messages], [pictures.read(one)[0] for one in messages]))
     mark = "" if family == "instructblip" else placeholder(family)
-    for images in shown:
+    for images, names in shown:
         texts = [f"{mark if row else ''} USER: {ask}" for row, ask in zip(images, QUESTIONS, strict=False)]
-        yield encode(processor, texts, images, pictures), images
+        with pictures.reused(processor, images, names):
+            yield encode(processor, texts, images), names
 
 
 def passes(model, monkeypatch) -> list[int]:
@@ -59,9 +59,9 @@ def test_answers_are_those_of_the_pixels(family):
     model, pictures = family_model(family), Pictures()
     features = VisualFeatures(model)
     batches = ((1, 2, 1), (2, 3, 1)) if family == "instructblip" else BATCHES  # it always shows a picture
-    for inputs, images in asked(family, pictures, batches):
+    for inputs, names in asked(family, pictures, batches):
         expected = model.generate(**inputs, **SETTINGS)
-        found = model.generate(**features.inputs(inputs, images, pictures), **SETTINGS)
+        found = model.generate(**features.inputs(inputs, names, pictures), **SETTINGS)
         assert torch.equal(found, expected)
 
 
@@ -73,8 +73,8 @@ def test_a_picture_passes_once_and_its_features_are_let_go_after_its_last_questi
     seen = passes(model, monkeypatch)
     features = VisualFeatures(model)
     held = []
-    for inputs, images in asked(family, pictures):
-        given = features.inputs(inputs, images, pictures)
+    for inputs, names in asked(family, pictures):
+        given = features.inputs(inputs, names, pictures)
         held.append(len(pictures.features))
         assert "pixel_values" not in given
         assert "pixel_values" in inputs  # a second pass takes them
@@ -88,8 +88,8 @@ def test_features_of_several_layers_are_not_taken_apart():
     if not takes_features("qwen3_vl"):
         pytest.skip("this transformers does not take features in place of pixels")
     features, pictures = VisualFeatures(family_model("qwen3_vl")), Pictures()
-    for inputs, images in asked("qwen3_vl", pictures):
-        assert features.inputs(inputs, images, pictures).keys() == inputs.keys()
+    for inputs, names in asked("qwen3_vl", pictures):
+        assert features.inputs(inputs, names, pictures).keys() == inputs.keys()
 
 
 def test_features_are_those_of_the_picture_in_any_order():
@@ -98,21 +98,21 @@ def test_features_are_those_of_the_picture_in_any_order():
     model, pictures = family_model("llava"), Pictures()
     features = VisualFeatures(model)
     alone = {}
-    for inputs, images in asked("llava", Pictures(), [(1,), (2,), (3,)]):
+    for inputs, names in asked("llava", Pictures(), [(1,), (2,), (3,)]):
         own = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
-        alone[images[0][0].tobytes()] = own.pooler_output[0]
-    for inputs, images in asked("llava", pictures):
-        made = features.inputs(inputs, images, pictures)["mm_encoder_outputs"]["image"].pooler_output
-        shown = [image for row in images for image in row]
-        for image, own in zip(shown, made, strict=True):
-            torch.testing.assert_close(own, alone[image.tobytes()], rtol=1e-5, atol=1e-6)
+        alone[names[0][0]] = own.pooler_output[0]
+    for inputs, names in asked("llava", pictures):
+        made = features.inputs(inputs, names, pictures)["mm_encoder_outputs"]["image"].pooler_output
+        shown = [name for row in names for name in row]
+        for name, own in zip(shown, made, strict=True):
+            torch.testing.assert_close(own, alone[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("numbers", [(1,), (None,), (1, 2)], ids=["one picture", "no picture", "two pictures"])
 def test_without_a_repeated_picture_the_model_gets_the_processors_inputs(numbers):
     model, pictures = family_model("llava"), Pictures()
-    for inputs, images in asked("llava", pictures, [numbers]):
-        assert VisualFeatures(model).inputs(inputs, images, pictures).keys() == inputs.keys()
+    for inputs, names in asked("llava", pictures, [numbers]):
+        assert VisualFeatures(model).inputs(inputs, names, pictures).keys() == inputs.keys()
     assert not len(pictures.features)
 
 
@@ -122,7 +122,7 @@ def test_without_room_the_features_are_made_again(monkeypatch):
     model, pictures = family_model("llava"), Pictures(values=0)
     seen = passes(model, monkeypatch)
     features = VisualFeatures(model)
-    for inputs, images in asked("llava", pictures, [(1, 2, 1)] * 2):
-        features.inputs(inputs, images, pictures)
+    for inputs, names in asked("llava", pictures, [(1, 2, 1)] * 2):
+        features.inputs(inputs, names, pictures)
     assert seen == [2, 2]
     assert not len(pictures.features)
