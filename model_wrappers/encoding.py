@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmms_keyspace.model_wrappers.naming import naming
-from lmms_keyspace.model_wrappers.prompts import Request
+from lmms_keyspace.model_wrappers.prompts import Asked
 
 # Inputs with one entry per token, after the mask that tells padding, and the end that padding belongs to.
 _PADDED = (
@@ -39,7 +39,25 @@ def encode(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]]
     return inputs
 
 
-def tokens_of_an_image(processor: Any, request: Request, image_token_id: int) -> int:
+class Encoded(NamedTuple):
+    """A batch as the model takes it."""
+
+    images: list[list[Any]]  # per request
+    inputs: Any  # the processor's output
+
+
+def encode_requests(processor: Any, requests: Sequence[Asked], texts: Sequence[str]) -> Encoded:
+    """`encode` with the images of requests that were read together, each made ready once.
+
+    Args:
+        texts: the requests' prompts, or longer ones that begin with them.
+    """
+    images = [request.images() for request in requests]
+    with requests[0].pictures.reused(processor, images, [request.shown for request in requests]):
+        return Encoded(images, encode(processor, texts, images))
+
+
+def tokens_of_an_image(processor: Any, request: Asked, image_token_id: int) -> int:
     """How many tokens stand for an image of a request that shows some.
 
     Raises:

@@ -5,17 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
-from lmms_keyspace.model_wrappers.encoding import encode
+from lmms_keyspace.model_wrappers.encoding import Encoded, encode_requests
 from lmms_keyspace.model_wrappers.prompts import Request
-
-
-class Encoded(NamedTuple):
-    """A batch as the model takes it."""
-
-    images: list[list[Any]]  # per request
-    inputs: Any  # the processor's output
 
 
 class EncodingAhead:
@@ -45,10 +38,7 @@ class EncodingAhead:
         return self._thread.submit(self._encode, requests).result()  # the pictures are shared: one batch at a time
 
     def _encode(self, requests: Sequence[Request]) -> Encoded:
-        images = [request.images() for request in requests]
-        texts = [request.text for request in requests]
-        with requests[0].pictures.reused(self._processor, images, [request.shown for request in requests]):
-            return Encoded(images, encode(self._processor, texts, images))
+        return encode_requests(self._processor, requests, [request.text for request in requests])
 
 
 def _name(requests: Sequence[Request]) -> tuple[int, ...]:

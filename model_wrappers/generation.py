@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmms_keyspace.model_wrappers.prompts import ContinuationRequest, Request
+from lmms_keyspace.model_wrappers.prompts import Asked, Request
 
 # lmms-eval's stock wrappers generate at most this many tokens where a task says nothing.
 DEFAULT_NEW_TOKENS = 1024
@@ -43,7 +43,7 @@ def cut(text: str, until: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def longest_first(requests: Sequence[Request | ContinuationRequest]) -> list[int]:
+def longest_first(requests: Sequence[Asked]) -> list[int]:
     """The requests' indices, longest prompts first: padding is small, memory fails early.
 
     What makes a prompt long are its images first and its words second: an image is one word of the text here.
@@ -53,7 +53,7 @@ def longest_first(requests: Sequence[Request | ContinuationRequest]) -> list[int
     )
 
 
-def by_pictures(requests: Sequence[Request]) -> list[int]:
+def by_pictures(requests: Sequence[Asked]) -> list[int]:
     """`longest_first`, but questions about the same pictures follow the longest of them."""
     order = longest_first(requests)
     places: dict[Hashable, int] = {}

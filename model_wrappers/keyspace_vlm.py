@@ -23,19 +23,19 @@ from lmms_keyspace.errors import InputError
 from lmms_keyspace.intervene.spec import VISUAL_BOOST
 from lmms_keyspace.model_wrappers import arguments as args
 from lmms_keyspace.model_wrappers.assembly import assemble
-from lmms_keyspace.model_wrappers.encoding import tokens_of_an_image
+from lmms_keyspace.model_wrappers.encoding import encode_requests, tokens_of_an_image
 from lmms_keyspace.model_wrappers.encoding_ahead import EncodingAhead
-from lmms_keyspace.model_wrappers.generation import Settings, batches, cut, longest_first
+from lmms_keyspace.model_wrappers.generation import Settings, batches, by_pictures, cut, longest_first
 from lmms_keyspace.model_wrappers.growing_cache import growing_cache
-from lmms_keyspace.model_wrappers.likelihood import Scored, first_distinguishing, score
+from lmms_keyspace.model_wrappers.likelihood import Scored, first_distinguishing, joined, score
 from lmms_keyspace.model_wrappers.loading import Loaded, load
 from lmms_keyspace.model_wrappers.naming import names, naming
-from lmms_keyspace.model_wrappers.prompts import ContinuationRequest, Request, read_continuations, read_requests
+from lmms_keyspace.model_wrappers.prompts import Asked, ContinuationRequest, Request, read_continuations, read_requests
 from lmms_keyspace.model_wrappers.recorder import Recorder
 from lmms_keyspace.model_wrappers.visual_features import VisualFeatures
 from lmms_keyspace.records import OPTION_COLUMNS
 
-R = TypeVar("R", Request, ContinuationRequest)
+R = TypeVar("R", bound=Asked)
 T = TypeVar("T")
 
 
@@ -149,7 +149,7 @@ class KeyspaceVLM(lmms):
                 answers.update(zip(indices, texts, strict=True))
         return [answers[index] for index in range(len(requests))]
 
-    def _too_many_pictures(self, requests: Sequence[Request]) -> bool:
+    def _too_many_pictures(self, requests: Sequence[Asked]) -> bool:
         """Whether questions about one picture must follow each other, so that its features need to be made once."""
         showing = next((request for request in requests if request.shown), None)
         if showing is None:
@@ -185,12 +185,15 @@ class KeyspaceVLM(lmms):
                 self._recorder.observed.options.append(dict(zip(OPTION_COLUMNS, row, strict=True)))
 
     def _score(self, requests: list[ContinuationRequest]) -> list[Scored]:
-        order = longest_first(requests)
+        order = (by_pictures if self._too_many_pictures(requests) else longest_first)(requests)
 
         def work(part: Sequence[ContinuationRequest]) -> list[Scored]:
-            images = [request.images() for request in part]
-            asked = [request.continuation for request in part]
-            return score(self.loaded.model, self.loaded.processor, [request.text for request in part], images, asked)
+            texts, continuations = ([getattr(asked, name) for asked in part] for name in ("text", "continuation"))
+            _, inputs = encode_requests(self.loaded.processor, part, list(map(joined, texts, continuations)))
+            inputs = inputs.to(self.device, self.loaded.model.dtype)
+            with torch.inference_mode():
+                given = self._features.inputs(inputs, [asked.shown for asked in part], part[0].pictures)
+                return score(self.loaded.model, self.loaded.processor.tokenizer, texts, continuations, given)
 
         with tqdm(total=len(requests), desc="log-likelihood", disable=self.rank != 0) as progress:
             scored = self._in_parts([requests[index] for index in order], work, progress)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.model_wrappers.encoding import encode
 
 
 class Scored(NamedTuple):
@@ -24,29 +23,28 @@ class Scored(NamedTuple):
         return sum(self.logprobs)
 
 
+def joined(text: str, continuation: str) -> str:
+    """Prompt and continuation, with white space between them as the model writes it: none after a prompt that ends in
+    white space, else one blank."""
+    return text + ("" if text[-1:].isspace() else " ") + continuation.strip()
+
+
 def score(
-    model: Any,
-    processor: Any,
-    texts: Sequence[str],
-    images: Sequence[Sequence[Any]],
-    continuations: Sequence[str],
+    model: Any, tokenizer: Any, texts: Sequence[str], continuations: Sequence[str], inputs: Mapping[str, Any]
 ) -> list[Scored]:
     """Score one continuation per prompt, all in one forward pass.
 
-    White space between prompt and continuation is put as the model writes it: none after a prompt that ends in white
-    space, else one blank. The continuation's tokens are those after the longest beginning that the tokens of the
-    prompt and of prompt plus continuation share.
+    A continuation's tokens are those after the longest beginning that the tokens of the prompt and of prompt plus
+    continuation share.
 
     Args:
         texts: the prompts as the chat template makes them.
-        images: per prompt, in order.
+        inputs: what the model takes of each `joined` prompt and continuation, left padded.
 
     Raises:
         InputError: the processor does not leave the continuation at the end of the model's input.
     """
-    whole = [_joined(text, continuation) for text, continuation in zip(texts, continuations, strict=True)]
-    tails = [_tail(processor.tokenizer, text, longer) for text, longer in zip(texts, whole, strict=True)]
-    inputs = encode(processor, whole, images).to(model.device, model.dtype)
+    tails = [_tail(tokenizer, *pair) for pair in zip(texts, continuations, strict=True)]
     for ids, tail, continuation in zip(inputs["input_ids"].tolist(), tails, continuations, strict=True):
         if ids[len(ids) - len(tail) :] != tail:
             raise InputError("continuation", continuation, "the processor does not leave it at the end of the input")
@@ -77,11 +75,7 @@ def _length(option: Scored) -> int:
     return len(option.token_ids)
 
 
-def _joined(text: str, continuation: str) -> str:
-    return text + ("" if text[-1:].isspace() else " ") + continuation.strip()
-
-
-def _tail(tokenizer: Any, text: str, longer: str) -> list[int]:
-    prompt, whole = tokenizer(text)["input_ids"], tokenizer(longer)["input_ids"]
+def _tail(tokenizer: Any, text: str, continuation: str) -> list[int]:
+    prompt, whole = tokenizer(text)["input_ids"], tokenizer(joined(text, continuation))["input_ids"]
     shared = next((at for at, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
     return [int(index) for index in whole[shared:]]

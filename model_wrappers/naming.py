@@ -10,10 +10,10 @@ import torch
 from loguru import logger
 
 from lmms_keyspace.errors import InputError
-from lmms_keyspace.model_wrappers.prompts import ContinuationRequest, Request
+from lmms_keyspace.model_wrappers.prompts import Asked
 
 
-def names(rows: Sequence[Request | ContinuationRequest]) -> str:
+def names(rows: Sequence[Asked]) -> str:
     """The documents of a batch, by task."""
     documents: dict[str, list[int]] = defaultdict(list)
     for row in rows:
@@ -22,7 +22,7 @@ def names(rows: Sequence[Request | ContinuationRequest]) -> str:
 
 
 @contextmanager
-def naming(rows: Sequence[Request | ContinuationRequest]) -> Iterator[None]:
+def naming(rows: Sequence[Asked]) -> Iterator[None]:
     """An error inside names the documents.
 
     Raises:

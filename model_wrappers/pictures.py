@@ -45,9 +45,7 @@ class Pictures:
         object. Of a large benchmark there is only room for the first."""
         parts = [part for message in messages.messages for part in message.content if part.type == "image"]
         names = tuple(_name(part.url) for part in parts)
-        for name in names:
-            self._ready.expect(name)
-            self.features.expect(name)
+        self.expect(names)
         drawn = [(part, name) for part, name in zip(parts, names, strict=True) if isinstance(part.url, Image.Image)]
         new = {name: part.url for part, name in drawn if name not in self._kept}
         pixels = sum(picture.width * picture.height for picture in new.values())
@@ -58,6 +56,12 @@ class Pictures:
         for part, name in drawn:
             part.url = self._kept[name]
         return names, True
+
+    def expect(self, names: Sequence[Hashable]) -> None:
+        """One request more will show these."""
+        for name in names:
+            self._ready.expect(name)
+            self.features.expect(name)
 
     @contextlib.contextmanager
     def reused(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,40 +16,14 @@ from lmms_keyspace.records import DEFAULT_CONDITION
 
 
 @dataclass(frozen=True)
-class ContinuationRequest:
-    """One log-likelihood request: how probable `continuation` is after the prompt."""
+class Asked:
+    """What a request asks of the model. Of a large benchmark only the first images are kept, the others `images()` asks
+    the task for again: memory stays bounded."""
 
     task: str
     doc_id: int
     text: str  # the chat template's output, one placeholder per image
-    images_shown: int
-    continuation: str
-    messages: Callable[[], ChatMessages]
-
-    def images(self) -> list[Any]:
-        return list(self.messages().extract_media()[0])
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request. Of a large benchmark only the first images are kept, the others `images()` asks the task for again:
-    memory stays bounded."""
-
-    task: str
-    doc_id: int
-    cluster: str
-    condition: str
-    generator: str | None  # of the probe that made the document, else None
-    cluster_field: str | None
-    segments: Mapping[str, str]
-    text: str  # the chat template's output, one placeholder per image
-    content: tuple[str, ...]  # the messages' own text parts, in order
-    options: tuple[str, ...]  # answers whose log-probability may be asked for
-    image_sha: str  # of the picture, where the document names it; else empty
     shown: tuple[Hashable, ...]  # names of its pictures
-    images_absent: int  # that the document names and does not hold; the prompt goes without them
-    generation_kwargs: Mapping[str, Any]
-    counted: bool  # False for the harness's padding clones and for repeats of a request
     messages: Callable[[], ChatMessages]
     pictures: Pictures  # of all requests that were read together
 
@@ -60,12 +34,37 @@ class Request:
     def images(self) -> list[Any]:
         return list(self.messages().extract_media()[0])
 
-    def ask_options(self) -> list[ContinuationRequest]:
+
+@dataclass(frozen=True)
+class ContinuationRequest(Asked):
+    """One log-likelihood request: how probable `continuation` is after the prompt."""
+
+    continuation: str
+
+
+@dataclass(frozen=True)
+class Request(Asked):
+    """One request to generate an answer."""
+
+    cluster: str
+    condition: str
+    generator: str | None  # of the probe that made the document, else None
+    cluster_field: str | None
+    segments: Mapping[str, str]
+    content: tuple[str, ...]  # the messages' own text parts, in order
+    options: tuple[str, ...]  # answers whose log-probability may be asked for
+    image_sha: str  # of the picture, where the document names it; else empty
+    images_absent: int  # that the document names and does not hold; the prompt goes without them
+    generation_kwargs: Mapping[str, Any]
+    counted: bool  # False for the harness's padding clones and for repeats of a request
+
+    def ask_options(self) -> Iterator[ContinuationRequest]:
         """How probable each option is as the answer."""
-        return [
-            ContinuationRequest(self.task, self.doc_id, self.text, self.images_shown, option, self.messages)
-            for option in self.options
-        ]
+        for option in self.options:
+            self.pictures.expect(self.shown)
+            yield ContinuationRequest(
+                self.task, self.doc_id, self.text, self.shown, self.messages, self.pictures, option
+            )
 
 
 def read_requests(instances: Sequence[Instance], datasets: Mapping[str, Any], processor: Any) -> list[Request]:
@@ -105,7 +104,7 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pictu
     def messages() -> ChatMessages:
         return kept or messages_of(dataset[doc_id], dataset, doc_to_messages)[0]
 
-    text, content, _ = _prompt_text(first, processor, task, doc_id)
+    text, content = _prompt_text(first, processor, task, doc_id)
 
     def field(name: str, where: str) -> str:
         if name not in doc:
@@ -151,30 +150,36 @@ def read_continuations(
     Raises:
         InputError: the task shows videos or audio.
     """
-    return [_read_continuation(instance, datasets, processor) for instance in instances]
+    pictures = Pictures()
+    return [_read_continuation(instance, datasets, processor, pictures) for instance in instances]
 
 
-def _read_continuation(instance: Instance, datasets: Mapping[str, Any], processor: Any) -> ContinuationRequest:
+def _read_continuation(
+    instance: Instance, datasets: Mapping[str, Any], processor: Any, pictures: Pictures
+) -> ContinuationRequest:
     context, target, *where = instance.args
     to_visuals, doc_id, task, split = where or (None, instance.doc_id, instance.task_name, None)
 
     def document() -> Any:
         return datasets[task][split][doc_id]
 
-    def messages() -> ChatMessages:
-        shown = to_visuals(document()) if to_visuals is not None else []
-        if shown and isinstance(shown[0], dict) and "role" in shown[0]:
-            return ChatMessages(messages=shown)
-        content = [*({"type": "image", "url": image} for image in shown or ()), {"type": "text", "text": context}]
+    def read() -> ChatMessages:
+        visuals = to_visuals(document()) if to_visuals is not None else []
+        if visuals and isinstance(visuals[0], dict) and "role" in visuals[0]:
+            return ChatMessages(messages=visuals)
+        content = [*({"type": "image", "url": image} for image in visuals or ()), {"type": "text", "text": context}]
         return ChatMessages(messages=[{"role": "user", "content": content}])
 
-    text, _, images_shown = _prompt_text(messages(), processor, task, doc_id)
+    first = read()
+    shown, whole = pictures.read(first)
+    kept = first if whole else None
+    text, _ = _prompt_text(first, processor, task, doc_id)
     continuation = target(document()) if callable(target) else target
-    return ContinuationRequest(task, doc_id, text, images_shown, str(continuation), messages)
+    return ContinuationRequest(task, doc_id, text, shown, lambda: kept or read(), pictures, str(continuation))
 
 
-def _prompt_text(messages: ChatMessages, processor: Any, task: str, doc_id: int) -> tuple[str, tuple[str, ...], int]:
-    """The prompt as the processor takes it, the messages' own text parts, in order, and how many images they show."""
+def _prompt_text(messages: ChatMessages, processor: Any, task: str, doc_id: int) -> tuple[str, tuple[str, ...]]:
+    """The prompt as the processor takes it, and the messages' own text parts, in order."""
     images, videos, audios = messages.extract_media()
     if videos or audios:
         raise InputError("tasks", task, f"document {doc_id} holds video or audio; these wrappers take images and text")
@@ -182,9 +187,9 @@ def _prompt_text(messages: ChatMessages, processor: Any, task: str, doc_id: int)
     if hasattr(processor, "qformer_tokenizer"):  # InstructBLIP has no chat template and puts the image in front
         if len(images) != 1:
             raise InputError("tasks", task, f"document {doc_id} shows {len(images)} images; this model takes one")
-        return "\n".join(content), content, len(images)
+        return "\n".join(content), content
     if not processor.chat_template:
         name = type(processor).__name__
         raise InputError("pretrained", name, "its processor has no chat template; use a checkpoint that has one")
     text = processor.apply_chat_template(messages.to_hf_messages(), add_generation_prompt=True, tokenize=False)
-    return text, content, len(images)
+    return text, content

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from adapter_models import BOS, EOS, IMAGE, PAD, VOCABULARY, tiny_llava
@@ -192,6 +194,12 @@ def family_tokenizer(family: str) -> PreTrainedTokenizerFast:
     return tokenizer(**_TOKENS.get(family, _QWEN_TOKENS if family.startswith("qwen") else {}))
 
 
+_CHAT = (
+    "{% for message in messages %}USER: {% for part in message.content %}"
+    "{% if part.type == 'image' %}IMAGE \\n {% else %}{{ part.text }} {% endif %}{% endfor %}{% endfor %}ASSISTANT:"
+)
+
+
 def placeholder(family: str) -> str:
     """What stands for an image in the architecture's prompts."""
     if family.startswith("qwen"):
@@ -351,3 +359,13 @@ def family_processor(family: str) -> ProcessorMixin:
             return Idefics3Processor(images, words, 4)
     assert family == "instructblip"
     return InstructBlipProcessor(BlipImageProcessor(size=_SQUARE), words, tokenizer(), 4)
+
+
+def save_checkpoint(family: str, folder: Path) -> Path:
+    """Model and processor as wrappers load them, with a chat template where the architecture has one."""
+    processor = family_processor(family)
+    if family != "instructblip":
+        processor.chat_template = _CHAT.replace("IMAGE", placeholder(family))
+    family_model(family).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

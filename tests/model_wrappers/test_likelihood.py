@@ -2,21 +2,16 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from evaluation import evaluate, run_of
 from lmms_eval.api.instance import Instance
-from models import family_model, family_processor, placeholder
-from PIL import Image
+from models import family_model, family_processor, picture, placeholder, save_checkpoint
 
+from lmms_keyspace.model_wrappers.encoding import encode
 from lmms_keyspace.model_wrappers.keyspace_vlm import KeyspaceVLM
-from lmms_keyspace.model_wrappers.likelihood import Scored, first_distinguishing, score
+from lmms_keyspace.model_wrappers.likelihood import Scored, first_distinguishing, joined, score
 from lmms_keyspace.records import OPTION_COLUMNS
-
-
-def picture(seed):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 12, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "idefics3", "instructblip", "qwen3_5"])
@@ -26,7 +21,8 @@ def test_scores_are_sums_of_the_models_log_softmax(family):
     texts = [f"{image}What is it ?", f"{image}USER: What color is w1 w2 ?", f"{image}w1 is"]
     images = [[picture(number)] for number in range(3)]
     continuations = ["red", "blue circle w4", "\nw5 w6"]
-    found = score(model, processor, texts, images, continuations)
+    inputs = encode(processor, list(map(joined, texts, continuations)), images)
+    found = score(model, processor.tokenizer, texts, continuations, inputs)
     for text, shown, continuation, scored in zip(texts, images, continuations, found, strict=True):
         words = processor.tokenizer(continuation.strip(), add_special_tokens=False)["input_ids"]
         inputs = processor(text=[f"{text} {continuation.strip()}"], images=[shown], return_tensors="pt")
@@ -70,6 +66,34 @@ def as_messages(doc):
 
 def instance(kind, *arguments):
     return Instance(request_type=kind, arguments=arguments, idx=0, metadata={"task": "toy", "doc_id": 0, "repeats": 1})
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "idefics3"])
+def test_a_picture_of_several_continuations_passes_the_vision_tower_once(monkeypatch, tmp_path, family):
+    """And they score as with pixels. Those of Idefics3 are not taken apart: its pixels pass each time."""
+    lm = KeyspaceVLM(
+        pretrained=str(save_checkpoint(family, tmp_path)), capture="off", batch_size=3, dtype="float32", device="cpu"
+    )
+    lm.task_dict = {"toy": {"test": [{"words": "What is it ?", "image": picture(number)} for number in (1, 2)]}}
+    asked = [
+        instance("loglikelihood", "", words, as_messages, n, "toy", "test")
+        for n in range(2)
+        for words in ("red", "blue", "w4 w5", "square")
+    ]
+    found = lm.loglikelihood(asked)
+    encode_images, passed = lm._features._encode, []
+
+    def counting(**kwargs):
+        passed.append(len(kwargs["pixel_values"]) if "image_grid_thw" not in kwargs else len(kwargs["image_grid_thw"]))
+        return encode_images(**kwargs)
+
+    monkeypatch.setattr(lm._features, "_encode", counting)
+    assert lm.loglikelihood(asked) == found
+    takes_features = family != "idefics3" and lm._features._needs  # older transformers: none does
+    assert sum(passed) == (2 if takes_features else 0)
+    monkeypatch.setattr(lm._features, "_needs", set())
+    for (value, _), (by_pixels, _) in zip(found, lm.loglikelihood(asked), strict=True):
+        assert value == pytest.approx(by_pixels, abs=1e-4)
 
 
 def test_what_the_model_says_is_its_greedy_continuation(wrapper):
