@@ -17,6 +17,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from lmms_keyspace import records
 from lmms_keyspace.errors import InputError
@@ -375,6 +377,18 @@ def test_a_header_that_no_run_writes_is_refused(tmp_path):
     assert content.count(b'"clusters":"{') == 1
     path.write_bytes(content.replace(b'"clusters":"{', b'"clusters":"['))
     with pytest.raises(InputError, match="header"):
+        read_run(tmp_path, DATE)
+
+
+@pytest.mark.parametrize(("name", "array"), [("gram", "vt"), ("losses", "fit_influence")])
+def test_an_entry_without_one_of_its_arrays_is_refused_when_the_run_is_opened(tmp_path, name, array):
+    """As runs had them that were made before the losses' influence on the fits was saved."""
+    write_run(tmp_path, DATE, run_data())
+    path = tmp_path / f"{DATE}_{name}.safetensors"
+    with safe_open(path, framework="np") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file({key: values for key, values in tensors.items() if not key.endswith(f"/{array}")}, path, metadata)
+    with pytest.raises(InputError, match=f"without {array}.*run"):
         read_run(tmp_path, DATE)
 
 
