@@ -14,8 +14,10 @@ METHODS = (
     "MMD²: cluster U-statistic with five Gaussian bandwidths around the median distance of the base model, pairs of "
     "tokens from one document left out; delete-one-cluster jackknife intervals, paired between runs (Gretton et al., "
     "2012; Arvesen, 1969).",
-    "JS: lower bound on the Jensen-Shannon divergence in nats from a classifier tested on held-out clusters. Where its "
-    "change is not paired by cluster, the interval is conservative and the row says so.",
+    "JS: lower bound on the Jensen-Shannon divergence in nats from a classifier tested on held-out clusters; cluster "
+    "bootstrap and, for changes, delete-one-cluster jackknife, both with what a cluster does to the fits, to first "
+    "order (Koh and Liang, 2017). Where a change is not paired by cluster, its interval is conservative and the row "
+    "says so.",
     "Attention: share of the last prompt token's attention, mean over query heads, from the captured forward pass.",
     "Functional link: least squares of the outcome on one measure of attention at a time, an intercept for every "
     "condition, errors by cluster (CR1; Liang and Zeger, 1986), Student's t, Holm over layers.",
