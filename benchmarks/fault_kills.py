@@ -11,6 +11,7 @@ import json
 import random
 import shutil
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,6 +123,10 @@ def _again(stage: str, command: Sequence[str], within: Path, limit_s: float) -> 
     """The same command, and what is wrong with how it went; a refusal must name the option that goes on."""
     tables = within.glob("analyze/parts/*/*.parquet")
     unfinished = any(len(list(table.parent.glob(f"{table.stem}.*"))) == 3 for table in tables)
+    if stage == "run":
+        # lmms-eval names files by the second, and adds to those that are there. These processes are forked with all
+        # imports done: two can start in one second, as nobody's can who types the command again.
+        time.sleep(1)
     again = stages.start(command, within, limit_s=limit_s)
     if stage == "train" and again.code == 2 and "go on with --resume" in again.said:
         again = stages.start([*command, "--resume"], within, limit_s=limit_s)
