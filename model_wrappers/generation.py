@@ -43,19 +43,20 @@ def cut(text: str, until: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def longest_first(requests: Sequence[Asked]) -> list[int]:
+def longest_first(requests: Sequence[Asked], *, together: bool = False) -> list[int]:
     """The requests' indices, longest prompts first: padding is small, memory fails early.
 
     What makes a prompt long are its images first and its words second: an image is one word of the text here.
+
+    Args:
+        requests: in any order.
+        together: questions about the same pictures follow the longest of them.
     """
-    return sorted(
+    order = sorted(
         range(len(requests)), key=lambda index: (-requests[index].images_shown, -len(requests[index].text), index)
     )
-
-
-def by_pictures(requests: Sequence[Asked]) -> list[int]:
-    """`longest_first`, but questions about the same pictures follow the longest of them."""
-    order = longest_first(requests)
+    if not together:
+        return order
     places: dict[Hashable, int] = {}
     for place, index in enumerate(order):
         places.setdefault(requests[index].shown or index, place)
@@ -70,7 +71,7 @@ def batches(requests: Sequence[Request], size: int, *, together: bool = False) -
     Args:
         requests: in any order.
         size: most requests of a batch.
-        together: questions about the same pictures follow each other, see `by_pictures`.
+        together: questions about the same pictures follow each other, see `longest_first`.
 
     Yields:
         The settings and the indices of the batch's requests.
@@ -80,7 +81,7 @@ def batches(requests: Sequence[Request], size: int, *, together: bool = False) -
         settings_text = json.dumps(request.generation_kwargs, sort_keys=True, default=str)
         groups.setdefault((request.counted, settings_text), []).append(index)
     for group in groups.values():
-        order = (by_pictures if together else longest_first)([requests[index] for index in group])
+        order = longest_first([requests[index] for index in group], together=together)
         members = [group[place] for place in order]
         settings = settings_of(requests[members[0]].generation_kwargs)
         for start in range(0, len(members), size):

@@ -25,7 +25,7 @@ from lmms_keyspace.model_wrappers import arguments as args
 from lmms_keyspace.model_wrappers.assembly import assemble
 from lmms_keyspace.model_wrappers.encoding import encode_requests, tokens_of_an_image
 from lmms_keyspace.model_wrappers.encoding_ahead import EncodingAhead
-from lmms_keyspace.model_wrappers.generation import Settings, batches, by_pictures, cut, longest_first
+from lmms_keyspace.model_wrappers.generation import Settings, batches, cut, longest_first
 from lmms_keyspace.model_wrappers.growing_cache import growing_cache
 from lmms_keyspace.model_wrappers.likelihood import Scored, first_distinguishing, joined, score
 from lmms_keyspace.model_wrappers.loading import Loaded, load
@@ -155,8 +155,12 @@ class KeyspaceVLM(lmms):
         if showing is None:
             return False
         decoder = self._recorder.observed.decoder
-        tokens = tokens_of_an_image(self.loaded.processor, showing, decoder.image_token_id)
-        return self._features.crowded(showing.pictures, tokens * decoder.text_config.hidden_size)
+
+        def numbers() -> int:
+            tokens = tokens_of_an_image(self.loaded.processor, showing, decoder.image_token_id)
+            return tokens * int(decoder.text_config.hidden_size)
+
+        return self._features.crowded(showing.pictures, numbers)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation in nats, and whether greedy decoding would write it; in order.
@@ -185,7 +189,7 @@ class KeyspaceVLM(lmms):
                 self._recorder.observed.options.append(dict(zip(OPTION_COLUMNS, row, strict=True)))
 
     def _score(self, requests: list[ContinuationRequest]) -> list[Scored]:
-        order = (by_pictures if self._too_many_pictures(requests) else longest_first)(requests)
+        order = longest_first(requests, together=self._too_many_pictures(requests))
 
         def work(part: Sequence[ContinuationRequest]) -> list[Scored]:
             texts, continuations = ([getattr(asked, name) for asked in part] for name in ("text", "continuation"))

@@ -98,12 +98,7 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pictu
     declared = (instance.metadata or {}).get("keyspace") or {}
 
     first, absent = messages_of(doc, dataset, doc_to_messages)
-    shown, whole = pictures.read(first)
-    kept = first if whole else None
-
-    def messages() -> ChatMessages:
-        return kept or messages_of(dataset[doc_id], dataset, doc_to_messages)[0]
-
+    shown, messages = _kept(pictures, first, lambda: messages_of(dataset[doc_id], dataset, doc_to_messages)[0])
     text, content = _prompt_text(first, processor, task, doc_id)
 
     def field(name: str, where: str) -> str:
@@ -135,6 +130,15 @@ def _read(instance: Instance, datasets: Mapping[str, Any], processor: Any, pictu
         messages=messages,
         pictures=pictures,
     )
+
+
+def _kept(
+    pictures: Pictures, first: ChatMessages, again: Callable[[], ChatMessages]
+) -> tuple[tuple[Hashable, ...], Callable[[], ChatMessages]]:
+    """Names of a request's pictures, and how to get its messages later: those read `first` where there is room for
+    their pictures, else `again` from the task."""
+    shown, whole = pictures.read(first)
+    return shown, (lambda: first) if whole else again
 
 
 def read_continuations(
@@ -171,11 +175,10 @@ def _read_continuation(
         return ChatMessages(messages=[{"role": "user", "content": content}])
 
     first = read()
-    shown, whole = pictures.read(first)
-    kept = first if whole else None
+    shown, messages = _kept(pictures, first, read)
     text, _ = _prompt_text(first, processor, task, doc_id)
     continuation = target(document()) if callable(target) else target
-    return ContinuationRequest(task, doc_id, text, shown, lambda: kept or read(), pictures, str(continuation))
+    return ContinuationRequest(task, doc_id, text, shown, messages, pictures, str(continuation))
 
 
 def _prompt_text(messages: ChatMessages, processor: Any, task: str, doc_id: int) -> tuple[str, tuple[str, ...]]:

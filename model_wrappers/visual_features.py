@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,14 +34,15 @@ class VisualFeatures:
             self._needs = set(inspect.signature(self._encode).parameters)
         self._one_tensor = False  # the features of several pictures are `[n, tokens, width]`, not a list
 
-    def crowded(self, pictures: Pictures, numbers: int) -> bool:
+    def crowded(self, pictures: Pictures, numbers: Callable[[], int]) -> bool:
         """Whether those of all pictures that are shown again do not find room together.
 
         Args:
             pictures: of the run.
-            numbers: how many the features of one are.
+            numbers: says how many the features of one are; asked only where some are shown again.
         """
-        return bool(self._needs) and pictures.features.shown_again * numbers > pictures.features.room
+        again = pictures.features.shown_again if self._needs else 0
+        return again > 0 and again * numbers() > pictures.features.room
 
     def inputs(
         self, inputs: Mapping[str, Any], shown: Sequence[Sequence[Hashable]], pictures: Pictures

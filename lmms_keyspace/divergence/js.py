@@ -8,6 +8,7 @@ density ratio is linear (Gaussians of one covariance). Its maximum, ln 2, is rea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lmms_keyspace.divergence.arrays import Cloud, Floats, Groups, as_clouds, center, group_codes
-from lmms_keyspace.divergence.logistic import LogisticFit, balance, fit
+from lmms_keyspace.divergence.logistic import balance, fit
 from lmms_keyspace.errors import InputError
 from lmms_keyspace.records import HeldOutLoss
 from lmms_keyspace.stats import hash_ranks, js_bootstrap
@@ -96,9 +97,8 @@ class JSClassifier:
         fold = self._deal(names, n_x > 0, n_y > 0, seed)
         features = torch.cat([x, y], dim=-2).reshape(-1, x.shape[-2] + y.shape[-2], x.shape[-1])
         is_x = torch.arange(features.shape[1], device=x.device) < x.shape[-2]
-        fold_of = torch.from_numpy(fold[np.concatenate([codes_x, codes_y])]).to(x.device)
-        loss, rise = self._cross_fitted(features, is_x, fold_of)
         codes = torch.from_numpy(np.concatenate([codes_x, codes_y])).to(x.device)
+        loss, rise = self._cross_fitted(features, is_x, torch.from_numpy(fold).to(x.device)[codes])
 
         def by_group(values: Tensor, codes: Tensor, n: int) -> Floats:
             sums = values.new_zeros(len(values), n, dtype=torch.float64).index_add_(1, codes, values.double())
@@ -127,41 +127,42 @@ class JSClassifier:
     def _cross_fitted(self, features: Tensor, is_x: Tensor, fold_of: Tensor) -> tuple[Tensor, Tensor]:
         """Held-out log-loss [B, n] of every token, and [B, n] what the balanced mean loss would rise by, to first
         order, were the token not in the fits."""
+        folds = [fold_of == k for k in range(int(fold_of.max()) + 1)]
         logit = features.new_zeros(features.shape[:2])
         weight, bias = features.new_zeros(len(features), features.shape[-1]), features.new_zeros(len(features), 1)
         fits = []
-        for k in range(int(fold_of.max()) + 1):
-            held = fold_of == k
+        for held in folds:
             # The folds share most of their images, so the last one's classifier is a start a few steps away.
-            fitted = self._fit(features[:, ~held], is_x[~held], weight, bias)
+            fitted = fit(
+                features[:, ~held],
+                is_x[~held],
+                weight,
+                bias,
+                l2=self.l2,
+                tolerance=self.tolerance,
+                max_iterations=self.max_iterations,
+            )
             weight, bias = fitted.weight, fitted.bias
             logit[:, held] = fitted.logit(features[:, held])
             fits.append(fitted)
         margin = torch.where(is_x, -logit, logit)
-        factor = self._shrinkage(margin, is_x, fold_of)
+        factor = self._shrinkage(margin, is_x, folds)
         loss = torch.nn.functional.softplus(factor * margin)
         slope = balance(is_x, logit.dtype) * factor * (torch.sigmoid(factor * logit) - is_x.to(logit.dtype))
         rise = torch.zeros_like(loss)
-        for k, fitted in enumerate(fits):
-            held = fold_of == k
+        for held, fitted in zip(folds, fits, strict=True):
             rise[:, ~held] += fitted.influence(features[:, ~held], is_x[~held], features[:, held], slope[:, held])
         return loss, rise
 
-    def _shrinkage(self, margin: Tensor, is_x: Tensor, fold_of: Tensor) -> Tensor:
+    def _shrinkage(self, margin: Tensor, is_x: Tensor, folds: Sequence[Tensor]) -> Tensor:
         """Factor [B, n] of the logits, from the other folds' held-out margins (minus the logit of the right side)."""
         factors = margin.new_tensor(self.shrinkage)
         by_factor = torch.nn.functional.softplus(factors[:, None, None] * margin)
         chosen = torch.empty_like(margin)
-        for k in range(int(fold_of.max()) + 1):
-            held = fold_of == k
+        for held in folds:
             best = (by_factor[..., ~held] @ balance(is_x[~held], margin.dtype)).argmin(dim=0)
             chosen[:, held] = factors[best].unsqueeze(-1)
         return chosen
-
-    def _fit(self, features: Tensor, is_x: Tensor, weight: Tensor, bias: Tensor) -> LogisticFit:
-        return fit(
-            features, is_x, weight, bias, l2=self.l2, tolerance=self.tolerance, max_iterations=self.max_iterations
-        )
 
 
 js_classifier = JSClassifier()

@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from lmms_keyspace.divergence import JSClassifier, js_classifier
 from lmms_keyspace.divergence.js import LN2
+from lmms_keyspace.divergence.logistic import fit
 from lmms_keyspace.errors import InputError
 
 
@@ -22,7 +23,8 @@ def test_the_fit_is_scikit_learns(n_text):
     is_x = np.arange(400 + n_text) < 400
     classifier = JSClassifier(tolerance=1e-10)
     start = (torch.from_numpy(rng.normal(size=(3, 6)) / 5), torch.ones(3, 1, dtype=torch.float64))  # any will do
-    weight, bias, *_ = classifier._fit(torch.from_numpy(features), torch.from_numpy(is_x), *start)
+    settings = {"l2": classifier.l2, "tolerance": classifier.tolerance, "max_iterations": 50}
+    weight, bias, *_ = fit(torch.from_numpy(features), torch.from_numpy(is_x), *start, **settings)
     for h in range(3):
         mean, deviation = features[h].mean(0), features[h].std(0)
         sample_weight = np.where(is_x, 0.5 / 400, 0.5 / n_text)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmms_keyspace.model_wrappers.generation import DEFAULT_NEW_TOKENS, batches, by_pictures, cut, settings_of
+from lmms_keyspace.model_wrappers.generation import DEFAULT_NEW_TOKENS, batches, cut, longest_first, settings_of
 
 
 @dataclass
@@ -85,7 +85,7 @@ def test_batches_hold_every_request_once_with_like_settings(drawn, size, togethe
 @given(REQUESTS)
 def test_questions_about_the_same_pictures_follow_the_longest_of_them(drawn):
     requests = [FakeRequest(text, {}, True, shown) for text, _, _, shown in drawn]
-    order = [requests[index] for index in by_pictures(requests)]
+    order = [requests[index] for index in longest_first(requests, together=True)]
     runs = [(shown, list(members)) for shown, members in groupby(order, key=lambda request: request.shown)]
     named = [shown for shown, _ in runs if shown]
     assert len(named) == len(set(named))

@@ -59,7 +59,9 @@ def test_equal_pictures_are_one_object_and_different_ones_are_not():
     assert again is first
     assert same_gray is gray
     assert len({id(one) for one in (first, second, other, gray, *more)}) == 8 == len({name for name, _ in names})
-    assert pictures.read(shown("a path")) == (("a path",), True)
+    by_path = shown("a path")
+    assert pictures.read(by_path) == (("a path",), True)
+    assert images(by_path)[0] == "a path"
 
 
 def test_pictures_too_large_to_lie_in_one_piece_are_compared_too():
